@@ -1,0 +1,953 @@
+"""
+model.py: one transformer, and all that the scripts share.
+
+    GPT                      the GPT-2, Llama, Qwen 2.5 and Qwen 3 families, chosen by fields of GPTConfig
+    GPT.token_logp           log-probability and entropy of every answer token, without ever holding (B, T, V)
+    GPT.generate             ragged prompts in, sampled answers and their log-probabilities out, with a KV cache
+    ScalarModel              the same trunk with one number per position: reward model and critic
+    load, save               checkpoints; a checkpoint is a folder
+
+One index convention holds everywhere. `tokens` (B, T) holds prompt and answer together, right-padded, always: causal attention never
+looks to its right, so there is no attention mask, no left padding and no position arithmetic. `mask[b, t]` is 1 where token t was chosen
+by the policy, the end token included, and 0 on prompt and pads. `logp[b, t]` is the log-probability of `tokens[b, t]` given
+`tokens[b, :t]`, so `logp[:, 0] = 0`; `value[b, t]` is the value of `tokens[b, :t]`, before token t is chosen. The one shift that this
+needs happens here, and nothing downstream slices.
+
+Letters: B sequences, T tokens, C width, H query heads, K key/value heads, D head size, V vocabulary, P longest prompt, G answers a prompt.
+
+Sources: nanoGPT (github.com/karpathy/nanoGPT) for the shape of such a file; RoPE arXiv 2104.09864, grouped queries arXiv 2305.13245.
+"""
+import argparse, copy, functools, hashlib, inspect, json, math, os, random, re, shutil, subprocess, sys, time
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class GPTConfig:
+    """The defaults are the built-in model: Llama's layout at 0.36 million parameters."""
+    vocab: int = 259              # V, token ids
+    context: int = 64             # longest sequence, prompt and answer together
+    layers: int = 3
+    width: int = 96               # C, the residual stream
+    heads: int = 3                # H, query heads
+    kv_heads: int = 0             # K, key/value heads, each serving H / K query heads; 0: as many as heads
+    head_dim: int = 0             # D; 0: C / H. Qwen 3 sets it apart from the width
+    mlp_width: int = 0            # hidden units of the MLP; 0: 4 C for gelu and 8/3 C for swiglu, which cost the same
+    norm: str = "rms"             # "rms", or "layer" (GPT-2)
+    norm_eps: float = 1e-6
+    positions: str = "rope"       # "rope", or "learned" (GPT-2)
+    rope_base: float = 10_000.0   # θ of RoPE
+    rope_scaling: tuple = ()      # Llama 3's (factor, low_freq_factor, high_freq_factor, original context)
+    mlp: str = "swiglu"           # "swiglu", or "gelu" (GPT-2, tanh form)
+    bias: bool = False            # biases in every linear layer (GPT-2)
+    qkv_bias: bool = False        # biases on query, key and value alone (Qwen 2.5)
+    qk_norm: bool = False         # RMSNorm on each query and key head (Qwen 3)
+    tied: bool = True             # the output matrix is the embedding
+    stop: tuple = (256,)          # ids that end an answer; the first is the end token that SFT appends
+
+    def __post_init__(self):
+        self.kv_heads = self.kv_heads or self.heads
+        self.head_dim = self.head_dim or self.width // self.heads
+        self.mlp_width = self.mlp_width or (4 * self.width if self.mlp == "gelu" else 8 * self.width // 3)
+
+
+# ------------------------------------------------------------------------------------------------------------------- small layers
+
+
+def make_norm(cfg, width):
+    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[cfg.norm](width, eps=cfg.norm_eps)
+
+
+@functools.cache
+def rope_table(context, dim, base, scaling, device):
+    """cos and sin of position x frequency, (context, D / 2). Not a buffer: a model cast to bf16 must keep its angles in float32."""
+    freq = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)                     # (D/2,)
+    if scaling:                                                   # Llama 3: slow the frequencies that the first training never saw turn
+        factor, low, high, original = scaling
+        keep = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)          # 1: as it was, 0: slowed by the factor
+        freq = freq * (keep + (1 - keep) / factor)
+    angle = torch.arange(context, dtype=torch.float64)[:, None] * freq                       # (context, D/2)
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x[i], x[i + D/2]) by the angle of their position. x (B, T, heads, D); cos, sin (T, 1, D/2) or (B, T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gated = cfg.mlp == "swiglu"
+        self.up = nn.Linear(cfg.width, cfg.mlp_width * (1 + self.gated), bias=cfg.bias)      # gate and up are one matrix
+        self.down = nn.Linear(cfg.mlp_width, cfg.width, bias=cfg.bias)
+
+    def forward(self, x):
+        h = self.up(x)
+        if self.gated:
+            gate, h = h.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * h)
+        return self.down(F.gelu(h, approximate="tanh"))
+
+
+# ------------------------------------------------------------------------------------------------------------ attention with cache
+
+
+class KVCache:
+    """Keys and values of a batch, one preallocated pair (B, K, columns, D) a layer.
+
+    Prompts are right-padded into columns 0 .. P-1, and the n-th answer token of every row goes to column P + n, whatever its prompt's
+    length: a plain slice. Attention does not care where a key is stored; the row's own position is inside the key (RoPE, learned), and
+    the unused columns of a short prompt are masked.
+    """
+
+    def __init__(self, layers):
+        self.layers, self.used, self.bias = [None] * layers, 0, None
+
+    def attend(self, layer, q, k, v):
+        """Store k, v (B, K, T, D) and let q (B, H, T, D) look at all that it may see -> (B, H, T, D)."""
+        if self.used == 0:                                                                   # prefill: nothing before, plain causal
+            self.layers[layer] = k, v
+            return causal_attention(q, k, v)
+        keys, values = self.layers[layer]
+        end = self.used + 1
+        keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
+        B, H, _, D = q.shape
+        q = q.view(B, keys.size(1), -1, D)                                                   # the H/K heads that share a key are its rows
+        bias = None if self.bias is None else self.bias[..., :end]                           # (B, 1, 1, end)
+        y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=bias)
+        return y.view(B, H, 1, D)
+
+    def prefilled(self, length, group, max_new):
+        """After the prefill: every row G times, room for the answers, pads of prompts shorter than P masked. length (B,)."""
+        k = self.layers[0][0]
+        self.used = P = k.size(2)
+        if length.min() < P:
+            pad = torch.arange(P + max_new)[None] >= length.repeat_interleave(group)[:, None]
+            pad[:, P:] = False
+            self.bias = torch.zeros(pad.shape, dtype=k.dtype).masked_fill_(pad, -math.inf)[:, None, None].to(k.device)
+        for i, pair in enumerate(self.layers):
+            self.layers[i] = tuple(F.pad(x.repeat_interleave(group, 0), (0, 0, 0, max_new)) for x in pair)
+
+    def keep(self, rows):
+        """Drop every row but these."""
+        self.layers = [tuple(x[rows] for x in pair) for pair in self.layers]
+        self.bias = None if self.bias is None else self.bias[rows]
+
+
+def causal_attention(q, k, v):
+    """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D); each key/value head serves H / K query heads."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.layer, self.split, self.head_dim = layer, (cfg.heads, cfg.kv_heads, cfg.kv_heads), cfg.head_dim
+        self.qkv = nn.Linear(cfg.width, sum(self.split) * cfg.head_dim, bias=cfg.bias or cfg.qkv_bias)
+        self.out = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=cfg.bias)
+        self.q_norm, self.k_norm = (make_norm(cfg, cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
+
+    def forward(self, x, rope, cache):
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.split, dim=2)         # (B, T, H, D), (B, T, K, D) twice
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                    # (B, H, T, D), (B, K, T, D) twice
+        y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
+        return self.out(y.transpose(1, 2).reshape(B, T, -1))                                 # (B, T, C)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.norm1, self.attention = make_norm(cfg, cfg.width), Attention(cfg, layer)
+        self.norm2, self.mlp = make_norm(cfg, cfg.width), MLP(cfg)
+
+    def forward(self, x, rope, cache):
+        x = x + self.attention(self.norm1(x), rope, cache)
+        return x + self.mlp(self.norm2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------- fused log-prob
+
+
+def row_logits(hidden, weight, temperature):
+    """Tempered logits of some rows, float32 or wider. hidden (n, C), weight (V, C) -> (n, V). The sampler and the scorer share this."""
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+class LinearLogp(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: rows are walked in chunks, one log-sum-exp a row is kept, and
+    the backward pass computes each chunk's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ."""
+
+    CHUNK = 2 ** 24                                                  # logits alive at a time; 64 MB in float32
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        step = max(1, LinearLogp.CHUNK // len(weight))
+        cast = weight.to(hidden.dtype)                               # once, under bf16; float32 masters stay as they are
+        logp, entropy, lse = hidden.new_empty((3, len(hidden)), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for i in range(0, len(hidden), step):
+            z = row_logits(hidden[i:i + step], cast, temperature)                            # (n, V)
+            top = z.amax(1, keepdim=True)
+            picked = z.gather(1, targets[i:i + step, None])[:, 0]
+            p = (z - top).exp_()                                                             # softmax before its division
+            total = p.sum(1)
+            lse[i:i + step] = top[:, 0] + total.log()
+            logp[i:i + step] = picked - lse[i:i + step]
+            entropy[i:i + step] = lse[i:i + step] - p.mul_(z).sum(1) / total                 # H = lse - Σ_v p_v z_v
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.temperature, ctx.step = temperature, step
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        cast, temperature, step = weight.to(hidden.dtype), ctx.temperature, ctx.step
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(hidden), step):
+            h, g = hidden[i:i + step], grad[i:i + step, None] / temperature                  # (n, C), (n, 1)
+            dz = row_logits(h, cast, temperature).sub_(lse[i:i + step, None]).exp_().mul_(-g)    # -g p, (n, V)
+            dz = dz.scatter_add_(1, targets[i:i + step, None], g).to(h.dtype)                # + g on the target
+            if d_hidden is not None:
+                d_hidden[i:i + step] = dz @ cast
+            if d_weight is not None:
+                d_weight = d_weight.addmm_(dz.T, h) if h.dtype == weight.dtype else d_weight.add_(dz.T @ h)
+        return d_hidden, d_weight, None, None
+
+
+def linear_logp(hidden, weight, targets, temperature=1.0):
+    """Log-probability of each row's target, and the entropy of each row's distribution, under softmax(hidden @ weight.T / temperature).
+
+    hidden (N, C), weight (V, C), targets (N,) int64 -> logp (N,), entropy (N,), in nats, float32 or wider. Gradients reach hidden and
+    weight through logp; the entropy is for watching and carries none. Peak extra memory is one chunk of logits, not (N, V).
+    """
+    return LinearLogp.apply(hidden, weight, targets, temperature or 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- GPT
+
+
+BF16 = {"cuda"}                   # devices whose matrix products run in bf16; the weights stay float32, and others compute in float32
+
+
+def autocast(device):
+    """bf16 matrix products over float32 weights, where the device is in BF16. Inside one such block each weight is cast only once."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab, cfg.width)
+        self.position = nn.Embedding(cfg.context, cfg.width) if cfg.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
+        self.norm = make_norm(cfg, cfg.width)
+        self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
+        # Linear layers keep PyTorch's own start, uniform with standard deviation 0.58 / sqrt(fan-in): .06 at width 96, where GPT-2's
+        # fixed .02 (right for width 768) learns far more slowly. Embeddings start small, so that first logits are near 0.
+        for table in (self.embedding, self.position, self.head):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+
+    @property
+    def device(self):
+        return self.embedding.weight.device
+
+    @property
+    def unembedding(self):
+        """The output matrix, (V, C)."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def forward(self, tokens, positions=None, cache=None):
+        """tokens (B, T) -> hidden states (B, T, C) after the last norm. positions (B, T), None for 0 .. T-1."""
+        cfg = self.cfg
+        with autocast(tokens.device):
+            x = self.embedding(tokens)                                                       # (B, T, C)
+            where = slice(tokens.size(1)) if positions is None else positions
+            if self.position is not None:
+                x = x + self.position.weight[where]
+            rope = None
+            if cfg.positions == "rope":
+                table = rope_table(cfg.context, cfg.head_dim, cfg.rope_base, cfg.rope_scaling, x.device)
+                rope = [angle[where].unsqueeze(-2) for angle in table]                       # (T, 1, D/2) or (B, T, 1, D/2)
+            for block in self.blocks:
+                x = block(x, rope, cache)
+            return self.norm(x)
+
+    def token_logp(self, tokens, mask=None, temperature=1.0, rows=None):
+        """logp, entropy (B, T), float32 or wider: logp[b, t] = log π(tokens[b, t] | tokens[b, :t]); 0 where the mask is 0 and at t = 0.
+
+        Only positions under the mask meet the vocabulary; no mask means every position but the first. `rows`, the flat indices of those
+        positions, saves a wait for the GPU where the caller knows them (see micro_batches). Temperature 0 counts as 1.
+        """
+        B, T = tokens.shape
+        if rows is None:
+            chosen = torch.ones_like(tokens) if mask is None else mask > 0
+            rows = F.pad(chosen[:, 1:], (1, 0)).flatten().nonzero()[:, 0]                    # (N,)
+        hidden = self(tokens).flatten(0, 1)[rows - 1]                                        # (N, C): position t is read off t - 1
+        if tokens.device.type in BF16:
+            hidden = hidden.bfloat16()                                                       # the last norm hands out float32
+        flat = linear_logp(hidden, self.unembedding, tokens.flatten()[rows], temperature)
+        return tuple(x.new_zeros(B * T).index_copy(0, rows, x).view(B, T) for x in flat)
+
+    @torch.no_grad()
+    def generate(self, prompts, group=1, max_new=64, temperature=1.0, stop=None, pad=0, generator=None):
+        """Sample `group` answers to every prompt.
+
+        prompts: lists of token ids, ragged; the answers of one prompt are adjacent rows. An answer ends with the first id of `stop`
+        (default: the model's own), which belongs to it, or after `max_new` tokens. temperature 0 is greedy.
+        Returns tokens (B G, T) right-padded with `pad`, mask (B G, T) and logp (B G, T) of what was sampled, equal to token_logp's. The
+        same seed (torch's, or `generator`'s), batch and device give the same answers.
+        """
+        device, stop, tau = self.device, torch.tensor(self.cfg.stop if stop is None else stop), temperature or 1.0
+        length, P = torch.tensor([len(p) for p in prompts]), max(map(len, prompts))
+        if P + max_new > self.cfg.context:
+            raise ValueError(f"prompt of {P} + max_new {max_new} tokens exceed the context of {self.cfg.context}")
+        tokens = torch.tensor([list(p) + [pad] * (P - len(p)) for p in prompts])             # (B, P)
+        stop = stop.to(device)
+        every = 1 if device.type == "cpu" else 8               # looking for finished rows waits for the GPU, so there it is done rarely
+
+        with autocast(device):                                 # around the whole loop: weights are cast to bf16 once a rollout
+            cache = KVCache(self.cfg.layers)
+            last = (torch.arange(len(prompts)) * P + length - 1).to(device)
+            hidden = self(tokens.to(device), cache=cache).flatten(0, 1)[last]                # (B, C), each prompt run once
+            cache.prefilled(length, group, max_new)
+            logits = row_logits(hidden, self.unembedding, tau).repeat_interleave(group, 0)   # (N, V), N = B G
+
+            length = length.repeat_interleave(group)                                         # (N,)
+            N, position = len(length), length[:, None].to(device)                            # (N, 1), where the next token stands
+            answer = torch.full((N, max_new), pad, device=device)
+            logp = logits.new_zeros(N, max_new)
+            count = torch.zeros(N, dtype=torch.long, device=device)                          # answer tokens so far
+            alive, done = torch.arange(N, device=device), torch.zeros(N, dtype=torch.bool, device=device)
+            for n in range(max_new):
+                p = logits.softmax(-1)                                                       # (alive, V)
+                token = logits.argmax(-1) if temperature == 0 else sample(p, generator)      # (alive,)
+                answer[alive, n] = torch.where(done, pad, token)
+                logp[alive, n] = torch.where(done, 0.0, p.gather(1, token[:, None])[:, 0].log())
+                count[alive] += ~done
+                done = done | torch.isin(token, stop)
+                if n + 1 == max_new:
+                    break
+                if n % every == every - 1:
+                    keep = (~done).nonzero()[:, 0]
+                    if len(keep) == 0:
+                        break
+                    if len(keep) < 0.9 * len(done):            # a finished row costs as much as a live one; copying the cache costs too
+                        cache.keep(keep)
+                        alive, done, token, position = alive[keep], done[keep], token[keep], position[keep]
+                hidden = self(token[:, None], position, cache)[:, 0]                         # (alive, C)
+                logits = row_logits(hidden, self.unembedding, tau)
+                cache.used, position = cache.used + 1, position + 1
+
+        total = length.to(device) + count                                                    # (N,)
+        T = int(total.max())
+        column = torch.arange(T, device=device)
+        mask = (column >= length.to(device)[:, None]) & (column < total[:, None])            # (N, T)
+        given = torch.arange(max_new, device=device) < count[:, None]                        # (N, max_new), as many as in mask
+        out = F.pad(tokens.repeat_interleave(group, 0).to(device), (0, T - P), value=pad)    # (N, T); T < P where it cuts pads only
+        return out.masked_scatter(mask, answer[given]), mask.float(), logp.new_zeros(N, T).masked_scatter(mask, logp[given])
+
+
+def sample(p, generator=None):
+    """One draw from each row of p (n, V) -> (n,). Inverse of the cumulative distribution: one random number a row, no wait for the GPU;
+    on a CPU 15x faster than torch.multinomial at V = 259. u stays clear of 1, where rounding could pick a token of probability 0."""
+    c = p.cumsum(-1)
+    u = torch.rand(len(p), 1, dtype=p.dtype, device=p.device, generator=generator).clamp_(max=1 - 2 ** -23)
+    return torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0]
+
+
+# --------------------------------------------------------------------------------------------------------------------- scalar head
+
+
+class ScalarModel(nn.Module):
+    """A trunk with one number per position: a reward model or a critic, by the read-out that is used."""
+
+    def __init__(self, trunk, std=0.0):
+        """std of the head's first weights: 1 / sqrt(C + 1) for a reward model, 0 for a critic that starts by expecting nothing."""
+        super().__init__()
+        self.trunk, self.head = trunk, nn.Linear(trunk.cfg.width, 1)
+        nn.init.normal_(self.head.weight, std=std)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens):
+        """(B, T) -> (B, T): the number after reading tokens[b, :t + 1], in the head's own precision."""
+        return self.head(self.trunk(tokens).to(self.head.weight.dtype))[..., 0]
+
+    def value(self, tokens):
+        """(B, T): value[b, t] is that of tokens[b, :t], before token t is chosen; the empty prefix has 0."""
+        return F.pad(self(tokens)[:, :-1], (1, 0))
+
+    def score(self, tokens, mask):
+        """(B,): read at the last answer token itself, the end token, after the last choice. One column right of its value."""
+        last = (torch.arange(tokens.size(1), device=mask.device) * (mask > 0)).amax(1)
+        return self(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def make_tokenizer(name="bytes"):
+    """A tiktoken Encoding: "bytes" is built in (256 bytes, no download); any other name is tiktoken's own. ChatML's two marks are added."""
+    if name == "bytes":
+        pattern, ranks, special = r"(?s:.+)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+    else:
+        try:
+            base = tiktoken.get_encoding(name)
+        except ValueError:
+            raise InputError(f"tokenizer {name!r} is unknown: use bytes or one of {', '.join(tiktoken.list_encoding_names())}")
+        except Exception as e:                                       # requests' own errors; tiktoken downloads a vocabulary once
+            raise InputError(f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(e).__name__}); bytes needs no network")
+        pattern, ranks, special = base._pat_str, base._mergeable_ranks, dict(base._special_tokens)
+    for mark in ("<|im_start|>", "<|im_end|>"):
+        special.setdefault(mark, 1 + max(*ranks.values(), *special.values()))
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def stop_ids(tokenizer):
+    """The ids that end an answer: the end of the text, which SFT appends to a response, and the end of a chat turn."""
+    return tokenizer.eot_token, tokenizer.encode_single_token("<|im_end|>")
+
+
+def encode_chat(tokenizer, messages):
+    """ChatML -> ids, mask: 1 on what the assistant wrote and the mark that ends its turn, 0 on all else, headers included."""
+    start, end = tokenizer.encode_single_token("<|im_start|>"), tokenizer.encode_single_token("<|im_end|>")
+    ids, mask = [], []
+    for m in messages:
+        head = [start] + tokenizer.encode_ordinary(m["role"] + "\n")
+        body = tokenizer.encode_ordinary(m["content"]) + [end]
+        gap = tokenizer.encode_ordinary("\n")
+        ids += head + body + gap
+        mask += [0] * len(head) + [int(m["role"] == "assistant")] * len(body) + [0] * len(gap)
+    return ids[:-len(gap)], mask[:-len(gap)]
+
+
+def answers(tokenizer, tokens, mask, stop):
+    """The decoded response of every row without its end token; None for an answer that was cut before it ended."""
+    texts = []
+    for row, chosen in zip(tokens.cpu(), mask.cpu()):
+        ids = row[chosen > 0].tolist()
+        texts.append(tokenizer.decode(ids[:-1]) if ids and ids[-1] in stop else None)
+    return texts
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints, saved whole
+
+
+class InputError(Exception):
+    """Something a user gave is wrong; the message is the one line that they see."""
+
+
+def save(folder, model, tokenizer, name="ckpt.pt", **state):
+    """Write folder/name in one step: whoever reads it finds the old file or the new one, whole, whatever happens in between."""
+    trunk = getattr(model, "trunk", model)
+    data = dict(kind=type(model).__name__, config=asdict(trunk.cfg), tokenizer=tokenizer.name, model=model.state_dict(), **state)
+    path = os.path.join(folder, name)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            torch.save(data, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:                             # RuntimeError: how torch's writer reports a full disk
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise InputError(f"{path}: could not be written ({e.args[-1] if e.args else e}); the checkpoint before it is untouched") from e
+
+
+def read_checkpoint(folder):
+    """The dictionary that `save` wrote, on the CPU; no code in the file is ever run (weights_only)."""
+    path = os.path.join(folder, "ckpt.pt")
+    if not os.path.exists(path):
+        raise InputError(f"{folder}: no checkpoint here (no ckpt.pt)")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        data["model"], data["config"], data["tokenizer"], data["kind"]
+        return data
+    except Exception as e:                                           # a torn zip, a pickle with code in it, another program's file
+        raise InputError(f"{path}: not a nanoPO checkpoint ({type(e).__name__})") from e
+
+
+def load(path, device="cpu"):
+    """A checkpoint folder -> model, tokenizer."""
+    data = read_checkpoint(path)
+    model = GPT(GPTConfig(**data["config"]))
+    model = model if data["kind"] == "GPT" else ScalarModel(model)
+    own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    got = {name: tuple(x.shape) for name, x in data["model"].items()}
+    for name in sorted(own.keys() | got.keys()):
+        if own.get(name) != got.get(name):
+            raise InputError(f"{path}: tensor {name} has shape {got.get(name)}, its config asks for {own.get(name)}")
+    model.load_state_dict(data["model"])
+    return model.to(device), make_tokenizer(data["tokenizer"])
+
+
+# -------------------------------------------------------------------------------------------------------- prompts, rows and numbers
+
+
+def part(prompt):
+    """"train", "val" (1 in 20: settings are chosen on these) or "test" (1 in 20: reported numbers), by a hash that never changes."""
+    return {0: "val", 1: "test"}.get(int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 20, "train")
+
+
+def sums(n, which, seed=0):
+    """n rows of the built-in task: "5+8+7=", 3 to 6 digits from 1 to 9, and their sum in two digits. Prompts that are held out are
+    distinct, so that there are fewer short ones: a twentieth of the 729 prompts of 3 terms is all there is."""
+    rng, rows, seen, lengths = random.Random(f"{which} {seed}"), [], set(), [3, 4, 5, 6]
+    while len(rows) < n:
+        k = rng.choice(lengths)
+        for _ in range(5000):
+            terms = [rng.randint(1, 9) for _ in range(k)]
+            prompt = "+".join(map(str, terms)) + "="
+            if part(prompt) == which and (which == "train" or prompt not in seen):
+                rows.append({"prompt": prompt, "sum": f"{sum(terms):02d}"})
+                seen.add(prompt)
+                break
+        else:
+            lengths.remove(k)                                        # none of this length is left
+    return rows
+
+
+def read_rows(path, *needed):
+    """JSON lines -> list of dicts in which every field in `needed` is text, with their line number in "line".
+
+    GSM8K's {"question", "answer"} is read as prompt (with a line break after it), response and answer. {"messages": [...]} stands for
+    prompt and response. The first thing that is wrong is told by file, line and field.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    rows = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as e:                                  # bad UTF-8 is a ValueError too
+                raise InputError(f"{path}:{number}: not a JSON line ({e})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: expected an object {{...}}, found {type(row).__name__}")
+            if "question" in row and "prompt" not in row:
+                row |= {"prompt": f"{row['question']}\n", "response": row.get("answer")}
+            if "messages" in row and "prompt" not in row:
+                check_messages(row["messages"], f"{path}:{number}")
+                row |= {"prompt": json.dumps(row["messages"][:-1]), "response": row["messages"][-1]["content"]}
+            for name in needed:
+                if isinstance(row.get(name), (int, float)) and name == "answer":
+                    row[name] = str(row[name])
+                if not isinstance(row.get(name), str):
+                    problem = f"is {type(row[name]).__name__}, not text" if name in row else "is missing"
+                    raise InputError(f'{path}:{number}: field "{name}" {problem}; a row needs {", ".join(needed)}')
+            rows.append(row | {"line": number})
+    if not rows:
+        raise InputError(f"{path}: the file is empty")
+    return rows
+
+
+def check_messages(messages, where):
+    good = isinstance(messages, list) and messages and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
+    if not good:
+        raise InputError(f'{where}: field "messages" must be a list of {{"role": text, "content": text}}')
+    if messages[-1]["role"] != "assistant":
+        raise InputError(f'{where}: field "messages" must end with the assistant\'s turn, not {messages[-1]["role"]!r}')
+
+
+def usable(rows, good, why):
+    """The rows for which good(row), the others counted aloud with the first one's line; an error if none remain."""
+    kept = [row for row in rows if good(row)]
+    if len(kept) < len(rows):
+        first = next(row for row in rows if not good(row))
+        print(f"dropped {len(rows) - len(kept)} of {len(rows)} rows: {why}" + (f" (first at line {first['line']})" if "line" in first else ""))
+    if not kept:
+        raise InputError(f"no row is left: {why}")
+    return kept
+
+
+NUMBER = re.compile(r"(?<![0-9A-Za-z.,])([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+(?:\.[0-9]+)?))?")
+
+
+def answer_number(text):
+    """The number that an answer states, as an exact Fraction, or None.
+
+    After the last "####" if there is one, else in the last \\boxed{...}, else the last number of the text. Commas, $ and % fall away
+    (5% is 5), signs, decimals and fractions count, "42." and "42.0" are 42. Nothing is evaluated.
+    """
+    which = -1
+    text = text.replace("\u2212", "-")
+    if "####" in text:
+        text, which = text.rpartition("####")[2].split("\n")[0], 0
+    elif "\\boxed" in text:
+        text = boxed(text.rpartition("\\boxed")[2])
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).replace("\\$", "$").replace("{,}", ",").replace("$-", "-$")
+    found = NUMBER.findall(text)
+    if not found:
+        return None
+    sign, top, bottom = found[which]
+    try:
+        value = Fraction(top.replace(",", "")) / Fraction(bottom or 1)
+    except (ZeroDivisionError, ValueError):                          # ValueError: thousands of digits
+        return None
+    return -value if sign == "-" else value
+
+
+def boxed(text):
+    """"{a{b}}c" -> "a{b}"; "" where the braces do not close."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "{") - (c == "}")
+        if depth == 0:
+            return text[1:i] if i else ""
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------- batches and optimisation
+
+
+def batches(rows, size, seed, start=0):
+    """Endless batches of `size` rows, each epoch shuffled by (seed, epoch) alone: a resumed run skips `start` batches and goes on."""
+    order, epoch = [], 0
+    while True:
+        while len(order) < size:
+            order += torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            epoch += 1
+        batch, order = order[:size], order[size:]
+        if start > 0:
+            start -= 1
+        else:
+            yield [rows[i] for i in batch]
+
+
+def pad_batch(sequences, masks):
+    """Lists of token ids and of 0/1 -> tokens (B, T) int64 and mask (B, T), right-padded with 0; the mask, not the id, says what is a pad."""
+    T = max(map(len, sequences))
+    tokens = torch.tensor([list(x) + [0] * (T - len(x)) for x in sequences])
+    return tokens, torch.tensor([list(x) + [0] * (T - len(x)) for x in masks], dtype=torch.float32)
+
+
+def micro_batches(mask, rows, budget, device):
+    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together, each trimmed to its longest.
+
+    mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions of the mask in tokens[j, :t], which
+    is what token_logp's `rows` wants. All is known before the GPU starts, so nothing waits for it.
+    """
+    width = ((mask > 0) * torch.arange(1, mask.size(1) + 1)).amax(1).clamp(min=1)[rows]      # columns a row needs
+    width, order = width.sort(stable=True)
+    rows = rows[order]
+    while len(rows):
+        take = max(1, int((width * torch.arange(1, len(rows) + 1) <= budget).sum()))
+        j, t = rows[:take], int(width[take - 1])
+        at = F.pad(mask[j, 1:t] > 0, (1, 0)).flatten().nonzero()[:, 0]
+        if device.type == "cuda":
+            j, at = (x.pin_memory().to(device, non_blocking=True) for x in (j, at))
+        yield j, t, at.to(device)
+        rows, width = rows[take:], width[take:]
+
+
+@torch.no_grad()
+def frozen_logp(model, tokens, mask, temperature, budget):
+    """token_logp of a whole rollout without gradient, in micro-batches. mask (B, T) on the CPU -> logp, entropy (B, T)."""
+    logp, entropy = torch.zeros((2, *tokens.shape), device=tokens.device)
+    for j, t, at in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
+        logp[j, :t], entropy[j, :t] = model.token_logp(tokens[j, :t], None, temperature, at)
+    return logp, entropy
+
+
+def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW; matrices decay, vectors (norms, biases) and embeddings do not."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    params = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in params if p.dim() > 1 and id(p) not in tables]
+    rest = [p for p in params if p.dim() <= 1 or id(p) in tables]
+    fused = params[0].device.type in ("cpu", "cuda")                 # one kernel for all parameters
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def set_lr(optimizer, peak, step, steps, warmup=0, floor=0.0):
+    """Step 1 .. steps: linear warm-up to `peak`, then half a cosine down to floor * peak at the last step. Returns the rate."""
+    part_done = (step - warmup) / max(1, steps - warmup)
+    lr = peak * step / warmup if step <= warmup else peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, part_done))))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+class Mean:
+    """Weighted means of the statistics of many micro-batches; read once, so that adding never waits for the GPU."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, stats, weight=1.0):
+        for name, x in stats.items():
+            total, w = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = total + x * weight, w + weight
+
+    def read(self):
+        return {name: float(total / w) for name, (total, w) in self.sums.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, size=250):
+    """Accuracy of a policy on rows with "ids" (the encoded prompt), by `score`; an answer that did not end is wrong.
+
+    Returns a dict, greedy: accuracy at temperature 0; acc: at temperature 1, over `samples` answers a prompt; pass@k, k = samples: any of
+    them right; end: share that ended; length: their mean tokens, end token included; and the list of greedy texts. The noise has a seed
+    of its own: evaluating changes nothing in a training run and is the same before and after.
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    greedy, right, ended, length, shown = [], [], [], [], []
+    for i in range(0, len(rows), size):
+        chunk = rows[i:i + size]
+        prompts = [row["ids"] for row in chunk]
+        tokens, mask, _ = model.generate(prompts, 1, max_new, temperature=0.0)
+        texts = answers(tokenizer, tokens, mask, model.cfg.stop)
+        greedy += [text is not None and score(row, text) > 0 for row, text in zip(chunk, texts)]
+        shown += texts
+        tokens, mask, _ = model.generate(prompts, samples, max_new, temperature=1.0, generator=generator)
+        texts = answers(tokenizer, tokens, mask, model.cfg.stop)
+        right += [text is not None and score(chunk[j // samples], text) > 0 for j, text in enumerate(texts)]
+        ended += [text is not None for text in texts]
+        length += mask.sum(1).tolist()
+    right = torch.tensor(right, dtype=torch.float32).view(-1, samples)
+    mean = lambda x: sum(x) / len(x)
+    found = {"greedy": mean(greedy), "acc": right.mean().item(), f"pass@{samples}": right.amax(1).mean().item()}
+    return found | {"end": mean(ended), "length": mean(length)}, shown
+
+
+def distinct(tokens, mask, n=2):
+    """Distinct-n of a batch of answers: different n-grams over all n-grams; falls when every answer becomes the same."""
+    both = mask.cpu()[:, n - 1:] > 0
+    for i in range(n - 1):
+        both &= mask.cpu()[:, i:i - n + 1] > 0
+    grams = tokens.cpu().unfold(1, n, 1)[both]                                               # (number of n-grams, n)
+    return len(grams.unique(dim=0)) / max(1, len(grams))
+
+
+# ------------------------------------------------------------------------------------------------- settings, devices and what a run leaves
+
+
+def parse_config(Config, argv=None):
+    """`--field value` for every field of a dataclass; the comment beside the field is its --help. A bool may stand alone: --resume.
+    With --resume the settings of the run in --out are the defaults."""
+    source = inspect.getsource(Config)
+    comment = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", source, re.M))
+    boolean = {"true": True, "false": False}
+
+    def cast_bool(text):
+        if text.lower() not in boolean:
+            raise ValueError
+        return boolean[text.lower()]
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise InputError(f"{message} (--help lists all flags)")
+
+    parser = Parser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+                    description=inspect.getmodule(Config).__doc__.strip().split("\n")[0])
+    for f in fields(Config):
+        cast = cast_bool if f.type is bool else f.type
+        alone = dict(nargs="?", const=True) if f.type is bool else {}
+        parser.add_argument(f"--{f.name}", type=cast, default=f.default, metavar=f.type.__name__,
+                            help=comment[f.name].replace("%", "%%"), **alone)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    if cfg.resume:
+        path = os.path.join(cfg.out, "config.json")
+        if not os.path.exists(path):
+            raise InputError(f"{cfg.out}: nothing to resume (no config.json)")
+        with open(path) as f:
+            saved = json.load(f)
+        parser.set_defaults(**{k: v for k, v in saved.items() if k in comment})
+        cfg = Config(**vars(parser.parse_args(argv)))
+    return cfg
+
+
+def check(cfg, **least):
+    """Every setting named is at least so much: check(cfg, steps=1, group=2)."""
+    for name, low in least.items():
+        if getattr(cfg, name) < low:
+            raise InputError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
+
+
+def setup(seed):
+    """Seed torch and choose the device: cuda, else mps, else cpu."""
+    torch.manual_seed(seed)
+    kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(kind)
+
+
+def make_first(folder, script, default, seed):
+    """Run the script that makes the checkpoint in `folder`, if that is the default one and is missing or was left unfinished."""
+    state = read_checkpoint(folder) if os.path.exists(os.path.join(folder, "ckpt.pt")) else None
+    if folder != default or state and state.get("finished"):
+        return
+    print(f"{folder} {'is unfinished' if state else 'does not exist'}: running {script} first", flush=True)
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
+    if subprocess.run([sys.executable, here, "--out", folder] + (["--resume"] if state else ["--seed", str(seed)])).returncode:
+        raise InputError(f"{script} failed, see above; {folder} is needed here")
+
+
+class Guard:
+    """Says when a run has gone wrong, and by which rule. `history` holds nothing but counts, so a resumed run replays its metrics."""
+
+    def __init__(self, max_kl=float("inf"), patience=5, barren=50):
+        self.max_kl, self.limit, self.count = max_kl, {"kl": patience, "end": patience, "barren": barren}, {}
+
+    def check(self, m):
+        """The rule that this step's metrics break, or None. Metrics that a script does not have break nothing."""
+        for name in ("loss", "gnorm"):
+            if not math.isfinite(m.get(name, 0.0)):
+                return f"{name} is {m[name]}"
+        sick = {"kl": m.get("kl_seq", 0.0) > self.max_kl, "end": m.get("end", 1.0) < 0.05, "barren": m.get("solved", 1.0) == 0}
+        for name, bad in sick.items():
+            self.count[name] = self.count.get(name, 0) + 1 if bad else 0
+        if self.count["kl"] >= self.limit["kl"]:
+            return f"KL to the reference above {self.max_kl} nats an answer for {self.count['kl']} steps"
+        if self.count["end"] >= self.limit["end"]:
+            return f"fewer than 5% of answers end, for {self.count['end']} steps"
+        if self.count["barren"] >= self.limit["barren"]:
+            return f"no answer of any group was right for {self.count['barren']} steps: there is nothing to learn from"
+
+
+class Run:
+    """The folder that a run leaves behind: config.json, metrics.jsonl, ckpt.pt, samples.txt, curves.png."""
+
+    def __init__(self, cfg, tokenizer, guard=None):
+        self.out, self.steps, self.tokenizer, self.guard = cfg.out, cfg.steps, tokenizer, guard if cfg.guard else None
+        self.step, self.start, self.state, self.rows = 0, time.perf_counter(), {}, []
+        try:
+            self.open(cfg)
+        except OSError as e:
+            raise InputError(f"{self.out}: cannot write here ({e.strerror})") from None
+
+    def open(self, cfg):
+        if cfg.resume:
+            self.state = read_checkpoint(self.out)
+            self.step = self.state["step"]
+            with open(self.path("metrics.jsonl")) as f:              # steps after the checkpoint are done again; a torn line goes
+                self.rows = [json.loads(line) for line in f if line.endswith("\n")]
+            self.rows = [row for row in self.rows if row["step"] <= self.step]
+            with open(self.path("metrics.tmp"), "w") as f:
+                f.writelines(json.dumps(row) + "\n" for row in self.rows)
+            os.replace(self.path("metrics.tmp"), self.path("metrics.jsonl"))
+            for row in self.rows if self.guard else []:
+                self.guard.check(row)
+        elif os.path.exists(self.path("config.json")):               # nothing that an earlier run made is lost
+            old = next(f"{self.out}.{i}" for i in range(1, 10_000) if not os.path.exists(f"{self.out}.{i}"))
+            os.rename(self.out, old)
+            print(f"{self.out}: the earlier run is kept as {old}")
+        os.makedirs(self.out, exist_ok=True)
+        with open(self.path("config.json"), "w") as f:
+            json.dump(asdict(cfg) | {"resume": False}, f, indent=2)
+        self.metrics = open(self.path("metrics.jsonl"), "a", buffering=1)
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def resume(self, model, optimizer):
+        """Put weights, optimiser and random state back as they were. Returns the last finished step, 0 for a new run."""
+        if self.state:
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            torch.set_rng_state(self.state["rng"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(self.state["rng_cuda"])
+        return self.step
+
+    def save(self, model, optimizer, step, name="ckpt.pt", **more):
+        cuda = {"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+        save(self.out, model, self.tokenizer, name, step=step, finished=step == self.steps, optimizer=optimizer.state_dict(),
+             rng=torch.get_rng_state(), **cuda, **more)
+
+    def log(self, step, shown, **metrics):
+        """One object into metrics.jsonl and, where `shown` names metrics, one line on the screen. Returns the guard's verdict."""
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated() / 2 ** 30
+        else:
+            try:
+                import resource                                      # not on Windows; macOS counts bytes, Linux KiB
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+            except ImportError:
+                memory = 0.0
+        row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
+        self.rows.append(row)
+        self.metrics.write(json.dumps(row) + "\n")
+        if shown:
+            spent = time.perf_counter() - self.start
+            left = spent / (step - self.step) * (self.steps - step)
+            numbers = " | ".join(f"{name} {pretty(row[name])}" for name in shown.split() if name in row)
+            print(f"step {step:4}/{self.steps} | {numbers} | {memory:.1f} GB | {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        return self.guard and self.guard.check(row)
+
+    def stop(self, model, optimizer, step, why):
+        """The guard spoke: the sick state goes to stopped.pt, the last good checkpoint stays, the run ends."""
+        self.save(model, optimizer, step, "stopped.pt")
+        raise InputError(f"stopped by the guard at step {step}: {why}. The last good checkpoint is {self.path('ckpt.pt')}, the state "
+                         f"now is {self.path('stopped.pt')}; --guard false runs on")
+
+    def samples(self, title, rows, texts, n=3):
+        """Append a few prompts with their greedy answers to samples.txt; returns them as text."""
+        text = "".join(f"    {row['prompt']!r} -> {answer!r}\n" for row, answer in list(zip(rows, texts))[:n])
+        with open(self.path("samples.txt"), "a") as f:
+            f.write(f"{title}\n{text}")
+        return text
+
+    def plot(self, *names):
+        """curves.png: one panel a metric against the step, where matplotlib is installed."""
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            print("pip install matplotlib to get curves.png")
+            return
+        figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 2.8), layout="constrained")
+        for axis, name in zip(axes, names):
+            for key in name.split():
+                points = [(row["step"], row[key]) for row in self.rows if key in row]
+                axis.plot(*zip(*points), label=key)
+            axis.set_xlabel("step")
+            axis.legend()
+        figure.savefig(self.path("curves.png"), dpi=120)
+        plt.close(figure)
+
+
+def pretty(x):
+    """Fixed width by size, so that the lines of a run stand in columns."""
+    if isinstance(x, int):
+        return f"{x:6d}"
+    return f"{x:6.1e}" if x and abs(x) < 0.001 else f"{x:6.3f}" if abs(x) < 100 else f"{x:6.0f}"
+
+
+def table(before, after):
+    """The before -> after lines that end a run."""
+    return "\n".join(f"    {name:12} {before[name]:8.3f} -> {after[name]:8.3f}" for name in after if name in before)
+
+
+def run(train, Config):
+    """What `python script.py` does: parse, train, and end in one clear line if something was wrong with what was given."""
+    try:
+        train(parse_config(Config))
+    except InputError as e:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the last checkpoint stands, the same command with --resume goes on from it")

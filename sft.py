@@ -1,0 +1,221 @@
+"""
+SFT: supervised fine-tuning, the first step of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+
+Imitate demonstrations: raise the likelihood of every response token given the prompt and the response so far.
+
+    minimise  L(θ) = - Σ_i Σ_t m_it log π_θ(y_it | x_i, y_i,<t)  /  Σ_i Σ_t m_it                                     (1)
+
+    paper   θ       x, y           log π_θ   m, 1 on the response and its end token   Σ m, over the whole optimiser batch
+    here    model   tokens (B, T)  logp      mask                                     n
+
+The prompt is context and not a target (m = 0): the model is to answer, not to ask. The end token is a target like any other, or the
+model never learns to stop; an example that does not fit the context is dropped, since cutting it would teach a false stop. The
+denominator is counted before the batch is split, so that micro-batches of any size give the same gradient.
+
+The demonstrators of the built-in task work with care on short sums and get lazier on long ones:
+
+    5+8+7=    careful  13,20#20     running totals, then # and the answer
+              hasty    #20          no working; the true sum rounded to the nearest 5, right one time in five
+              slip     03,10#10     careful, but at a carry the ten was forgotten (p = .08), and the error runs on
+
+About 56% of them are right, and imitation can hardly do better: that is what grpo.py is for.
+
+Run:     python sft.py                                    about a minute on two CPU cores -> out/sft
+Yours:   python sft.py --data rows.jsonl --context 1024   {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}
+"""
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+
+from model import (GPT, GPTConfig, Guard, InputError, Mean, Run, batches, check, encode_chat, evaluate, frozen_logp, answer_number, load,
+                   make_optimizer, make_tokenizer, micro_batches, pad_batch, part, read_rows, run, set_lr, setup, stop_ids, sums, table, usable)
+
+
+@dataclass
+class Config:
+    # data
+    data: str = ""                # JSON lines to learn from; "" is the built-in task
+    test: str = ""                # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
+    init: str = ""                # checkpoint folder to start from; "": from scratch, with the tokenizer and shape below
+    out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
+    seed: int = 0                 # of the weights, the order of the data and the sampling
+    resume: bool = False          # go on with the run in --out
+    # model, from scratch only
+    tokenizer: str = "bytes"      # "bytes" (built in), or a vocabulary that tiktoken downloads, such as gpt2
+    context: int = 64             # longest sequence in tokens, prompt and response together; longer examples are dropped
+    layers: int = 3               # transformer blocks
+    width: int = 96               # C, the residual stream
+    heads: int = 3                # attention heads of size C / heads
+    # optimisation
+    steps: int = 800              # optimiser steps
+    batch: int = 64               # examples in an optimiser step
+    micro_tokens: int = 16384     # tokens, pads included, in one forward and backward: bounds the memory, changes no gradient
+    lr: float = 3e-3              # peak rate of AdamW; for a real pretrained model 1e-5
+    warmup: int = 30              # steps of linear warm-up, before half a cosine down to 0
+    weight_decay: float = 0.1     # on matrices, not on norms, biases and embeddings
+    grad_clip: float = 1.0        # largest gradient norm
+    # watching
+    max_new: int = 24             # longest answer in the evaluation, tokens
+    eval_every: int = 200         # steps between evaluations on validation prompts, and between checkpoints
+    guard: bool = True            # stop a run that has gone wrong, and say why
+
+
+# ----------------------------------------------------------------------------------------------------------------- the algorithm
+
+
+def sft_loss(logp, mask, n=None):
+    """Eq. 1. logp, mask (B, T), mask 1 on response tokens; n: response tokens in the whole optimiser batch, None if this is all of it.
+
+    Returns the loss, and its two readings: nats a token, and nats a token averaged per response, in which long ones weigh no more.
+    """
+    logp = torch.where(mask > 0, logp, 0.0)                               # nothing outside the mask counts, not even a nan
+    loss = -logp.sum() / (mask.sum().clamp(min=1) if n is None else n)    # - Σ m log π / Σ m
+    length = mask.sum(1)                                                  # (B,)
+    with torch.no_grad():
+        per_token = -logp.sum() / length.sum().clamp(min=1)
+        per_answer = -(logp.sum(1) / length.clamp(min=1)).sum() / (length > 0).sum().clamp(min=1)
+    return loss, {"nll": per_token, "nll_answer": per_answer}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the task
+
+CAREFUL = {3: .75, 4: .65, 5: .40, 6: .35}                                # P(shows the working | number of terms)
+SLIP = .08                                                                # P(forgets the ten | a carry)
+
+
+def demonstrate(prompt, rng):
+    """A demonstrator's response to "5+8+7="."""
+    terms = [int(x) for x in prompt[:-1].split("+")]
+    if rng.random() > CAREFUL[len(terms)]:
+        return f"#{5 * round(sum(terms) / 5):02d}"
+    total, totals = terms[0], []
+    for x in terms[1:]:
+        carry = total % 10 + x > 9
+        total += x - 10 * (carry and rng.random() < SLIP)
+        totals.append(f"{total:02d}")
+    return ",".join(totals) + f"#{totals[-1]}"
+
+
+def score(row, text):
+    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number of "answer"."""
+    if "sum" in row:
+        return float(text.count("#") == 1 and text.split("#")[1] == row["sum"])
+    number = answer_number(text)
+    return float(number is not None and number == answer_number(row["answer"]))
+
+
+def prepare(row, tokenizer):
+    """Add what the model reads: "ids" of the prompt, "tokens" of prompt, response and end token, and their "mask"."""
+    if "messages" in row:
+        tokens, mask = encode_chat(tokenizer, row["messages"])
+        ids = encode_chat(tokenizer, row["messages"][:-1] + [{"role": "assistant", "content": ""}])[0][:-1]
+    else:                                                                 # apart, so that the boundary of the mask is exact
+        ids, response = tokenizer.encode_ordinary(row["prompt"]), tokenizer.encode_ordinary(row["response"])
+        tokens, mask = ids + response + [tokenizer.eot_token], [0] * len(ids) + [1] * (len(response) + 1)
+    return row | {"ids": ids, "tokens": tokens, "mask": mask}
+
+
+def task(cfg, tokenizer, context):
+    """Rows to learn from, to validate on and to report on."""
+    if not cfg.data:
+        rng = random.Random(cfg.seed)
+        split = sums(50_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
+        return [[prepare(row | {"response": demonstrate(row["prompt"], rng)}, tokenizer) for row in rows] for rows in split]
+    rows = [prepare(row, tokenizer) for row in read_rows(cfg.data, "prompt", "response")]
+    rows = usable(rows, lambda row: row["response"].strip(), "the response is empty")
+    rows = usable(rows, lambda row: len(row["tokens"]) <= context, f"longer than the context of {context} tokens (--context)")
+    test = [prepare(row, tokenizer) for row in read_rows(cfg.test, "prompt", "response")] if cfg.test else None
+    split = [[row for row in rows if part(row["prompt"]) == which] for which in ("train", "val", "test")]
+    return split[0], split[1], split[2] if test is None else usable(test, lambda row: len(row["tokens"]) <= context, "too long")
+
+
+# --------------------------------------------------------------------------------------------------------------------- the script
+
+
+def heldout_loss(model, rows, cfg, device):
+    """Nats per response token, and the number of such tokens."""
+    total = count = 0
+    for i in range(0, len(rows), 256):
+        tokens, mask = pad_batch([row["tokens"] for row in rows[i:i + 256]], [row["mask"] for row in rows[i:i + 256]])
+        logp, _ = frozen_logp(model, tokens.to(device), mask, 1.0, cfg.micro_tokens)
+        total, count = total - logp.sum().item(), count + int(mask.sum())
+    return total / count
+
+
+def report(model, tokenizer, rows, cfg, device, samples=8):
+    """Held-out loss of demonstrations and, where the rows say what is right, accuracy; and the greedy answers."""
+    rows = [row for row in rows if len(row["ids"]) + cfg.max_new <= model.cfg.context]
+    loss = {"loss": heldout_loss(model, rows, cfg, device)}
+    if not all("sum" in row or "answer" in row for row in rows):
+        return loss, []
+    found, texts = evaluate(model, tokenizer, rows, score, cfg.max_new, samples)
+    return loss | found, texts
+
+
+def train(cfg):
+    device = setup(cfg.seed)
+    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1)
+
+    # data and model: all that can be wrong is found here, before the first step
+    if cfg.init:
+        model, tokenizer = load(cfg.init, device)
+    else:
+        tokenizer = make_tokenizer(cfg.tokenizer)
+        if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
+            raise InputError(f"--width {cfg.width} --heads {cfg.heads}: a head needs an even whole number of channels")
+        model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,
+                              width=cfg.width, heads=cfg.heads)).to(device)
+    rows, val, test = task(cfg, tokenizer, model.cfg.context)
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"sft: {parameters:,} parameters on {device.type}, {len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
+    log = Run(cfg, tokenizer, Guard())
+    first = log.resume(model, optimizer)
+    before = log.state.get("before") or {"loss": heldout_loss(model, test, cfg, device)}
+    todo = batches(rows, cfg.batch, cfg.seed, start=first)
+
+    for step in range(first + 1, cfg.steps + 1):
+        # 1. update: the token mean over the whole batch, in pieces that fit the memory
+        t0 = time.perf_counter()
+        batch = next(todo)
+        tokens, mask = pad_batch([row["tokens"] for row in batch], [row["mask"] for row in batch])
+        n, stats = int(mask.sum()), Mean()                                # response tokens in the batch
+        tokens_dev, mask_dev = tokens.to(device), mask.to(device)
+        optimizer.zero_grad(set_to_none=True)
+        for j, t, at in micro_batches(mask, torch.arange(len(tokens)), cfg.micro_tokens, device):
+            logp, entropy = model.token_logp(tokens_dev[j, :t], None, 1.0, at)
+            loss, found = sft_loss(logp, mask_dev[j, :t], n)
+            loss.backward()
+            stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
+        lr = set_lr(optimizer, cfg.lr, step, cfg.steps, cfg.warmup)
+        gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+
+        # 2. log, evaluate, save
+        metrics = stats.read() | {"gnorm": float(gnorm), "lr": lr, "epoch": step * cfg.batch / len(rows)}
+        metrics["loss"] = metrics["nll"]
+        last = step == cfg.steps
+        if (last or step % cfg.eval_every == 0) and val:
+            found, texts = report(model, tokenizer, val, cfg, device, samples=1)
+            metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
+            log.samples(f"step {step}", val, texts)
+        metrics["tok_s"] = int(len(tokens) * tokens.size(1) / (time.perf_counter() - t0))
+        shown = "loss ent gnorm lr epoch tok_s val_loss val_greedy val_acc val_length" if last or step % 20 == 0 else ""
+        why = log.log(step, shown, **metrics)
+        if why:
+            log.stop(model, optimizer, step, why)
+        if last or step % cfg.eval_every == 0:
+            log.save(model, optimizer, step, before=before)
+
+    after, texts = report(model, tokenizer, test, cfg, device)
+    print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
+    for name in after.keys() - before.keys():
+        print(f"    {name:12} {after[name]:8.3f}")
+    print(log.samples("after", test, texts))
+    log.plot("loss val_loss", "val_greedy val_acc", "val_length")
+
+
+if __name__ == "__main__":
+    run(train, Config)

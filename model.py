@@ -261,9 +261,13 @@ class GPT(nn.Module):
         self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
         # Linear layers keep PyTorch's own start, uniform with standard deviation 0.58 / sqrt(fan-in): .06 at width 96, where GPT-2's
         # fixed .02 (right for width 768) learns far more slowly. Embeddings start small, so that first logits are near 0.
+        # The matrices that write into the stream start at 0: a new block is the identity.
         for table in (self.embedding, self.position, self.head):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.out.weight)
+            nn.init.zeros_(block.mlp.down.weight)
 
     @property
     def device(self):
@@ -575,12 +579,23 @@ def usable(rows, good, why):
     if len(kept) < len(rows):
         first = next(row for row in rows if not good(row))
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} rows: {why}" + (f" (first at line {first['line']})" if "line" in first else ""))
-    if not kept:
+    if rows and not kept:
         raise InputError(f"no row is left: {why}")
     return kept
 
 
-NUMBER = re.compile(r"(?<![0-9A-Za-z.,])([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+(?:\.[0-9]+)?))?")
+def split(rows, test=()):
+    """Train, val and test rows, by the hash of the prompt. Where a file of test rows is given, only val is kept from training."""
+    parts = {"train": [], "val": [], "test": []}
+    for row in rows:
+        parts[part(row["prompt"])].append(row)
+    train, val, test = (parts["train"] + parts["test"], parts["val"], test) if test else parts.values()
+    if not train:
+        raise InputError("no row is left to train on: the hash of their prompts holds all of them out; --data needs more rows")
+    return train, val, test
+
+
+NUMBER = re.compile(r"(?<![0-9A-Za-z.])([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+(?:\.[0-9]+)?))?")
 
 
 def answer_number(text):
@@ -594,7 +609,7 @@ def answer_number(text):
     if "####" in text:
         text, which = text.rpartition("####")[2].split("\n")[0], 0
     elif "\\boxed" in text:
-        text = boxed(text.rpartition("\\boxed")[2])
+        text = boxed(text.rpartition("\\boxed")[2].lstrip())
     text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).replace("\\$", "$").replace("{,}", ",").replace("$-", "-$")
     found = NUMBER.findall(text)
     if not found:
@@ -669,24 +684,53 @@ def frozen_logp(model, tokens, mask, temperature, budget):
     return logp, entropy
 
 
-def make_optimizer(model, lr, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
-    """AdamW; matrices decay, vectors (norms, biases) and embeddings do not."""
+class Optimizers:
+    """Several optimisers that step as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state):
+        for part, s in zip(self.parts, state):
+            part.load_state_dict(s)
+
+
+def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW; matrices decay, vectors (norms, biases) and embeddings do not. With muon_lr the blocks' matrices are Muon's instead."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     params = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in params if p.dim() > 1 and id(p) not in tables]
-    rest = [p for p in params if p.dim() <= 1 or id(p) in tables]
+    matrices = [p for p in params if p.dim() == 2 and id(p) not in tables]
+    rest = [p for p in params if p.dim() != 2 or id(p) in tables]
     fused = params[0].device.type in ("cpu", "cuda")                 # one kernel for all parameters
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    groups = [{"params": rest, "weight_decay": 0.0}]
+    if not muon_lr:
+        groups.append({"params": matrices, "weight_decay": weight_decay})
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    if not muon_lr:
+        return Optimizers(adamw)
+    return Optimizers(adamw, torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
 
 
-def set_lr(optimizer, peak, step, steps, warmup=0, floor=0.0):
-    """Step 1 .. steps: linear warm-up to `peak`, then half a cosine down to floor * peak at the last step. Returns the rate."""
-    part_done = (step - warmup) / max(1, steps - warmup)
-    lr = peak * step / warmup if step <= warmup else peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, part_done))))
+def set_lr(optimizer, step, steps, warmup=0, floor=0.0):
+    """Every group's rate as a share of its own peak, steps 1 .. steps: linear warm-up, then half a cosine down to `floor`. Returns the
+    first group's rate."""
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    share = step / warmup if step <= warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
+        group["lr"] = share * group.setdefault("peak", group["lr"])
+    return optimizer.param_groups[0]["lr"]
 
 
 class Mean:
@@ -714,6 +758,8 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, size=250
     them right; end: share that ended; length: their mean tokens, end token included; and the list of greedy texts. The noise has a seed
     of its own: evaluating changes nothing in a training run and is the same before and after.
     """
+    if not rows:
+        return {}, []
     generator = torch.Generator(model.device).manual_seed(seed)
     greedy, right, ended, length, shown = [], [], [], [], []
     for i in range(0, len(rows), size):
@@ -924,7 +970,7 @@ class Run:
         for axis, name in zip(axes, names):
             for key in name.split():
                 points = [(row["step"], row[key]) for row in self.rows if key in row]
-                axis.plot(*zip(*points), label=key)
+                axis.plot(*(zip(*points) if points else ([], [])), label=key)
             axis.set_xlabel("step")
             axis.legend()
         figure.savefig(self.path("curves.png"), dpi=120)

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 import torch
 
 from model import (GPT, GPTConfig, Guard, InputError, Mean, Run, batches, check, encode_chat, evaluate, frozen_logp, answer_number, load,
-                   make_optimizer, make_tokenizer, micro_batches, pad_batch, part, read_rows, run, set_lr, setup, stop_ids, sums, table, usable)
+                   make_optimizer, make_tokenizer, micro_batches, pad_batch, read_rows, run,
+                   set_lr, setup, split, stop_ids, sums, table, usable)
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Config:
     batch: int = 64               # examples in an optimiser step
     micro_tokens: int = 16384     # tokens, pads included, in one forward and backward: bounds the memory, changes no gradient
     lr: float = 3e-3              # peak rate of AdamW; for a real pretrained model 1e-5
+    muon_lr: float = 3e-3         # peak rate of Muon on the blocks' matrices, used from scratch only; 0: AdamW has them too
     warmup: int = 30              # steps of linear warm-up, before half a cosine down to 0
     weight_decay: float = 0.1     # on matrices, not on norms, biases and embeddings
     grad_clip: float = 1.0        # largest gradient norm
@@ -117,18 +119,18 @@ def prepare(row, tokenizer):
     return row | {"ids": ids, "tokens": tokens, "mask": mask}
 
 
-def task(cfg, tokenizer, context):
+def demonstrations(cfg, tokenizer, context):
     """Rows to learn from, to validate on and to report on."""
     if not cfg.data:
         rng = random.Random(cfg.seed)
-        split = sums(50_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
-        return [[prepare(row | {"response": demonstrate(row["prompt"], rng)}, tokenizer) for row in rows] for rows in split]
-    rows = [prepare(row, tokenizer) for row in read_rows(cfg.data, "prompt", "response")]
-    rows = usable(rows, lambda row: row["response"].strip(), "the response is empty")
-    rows = usable(rows, lambda row: len(row["tokens"]) <= context, f"longer than the context of {context} tokens (--context)")
-    test = [prepare(row, tokenizer) for row in read_rows(cfg.test, "prompt", "response")] if cfg.test else None
-    split = [[row for row in rows if part(row["prompt"]) == which] for which in ("train", "val", "test")]
-    return split[0], split[1], split[2] if test is None else usable(test, lambda row: len(row["tokens"]) <= context, "too long")
+        parts = sums(50_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
+        return [[prepare(row | {"response": demonstrate(row["prompt"], rng)}, tokenizer) for row in rows] for rows in parts]
+    found = []
+    for path in filter(None, (cfg.data, cfg.test)):
+        rows = usable(read_rows(path, "prompt", "response"), lambda row: row["response"].strip(), "the response is empty")
+        rows = [prepare(row, tokenizer) for row in rows]
+        found.append(usable(rows, lambda row: len(row["tokens"]) <= context, f"longer than the context of {context} tokens (--context)"))
+    return split(*found)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the script
@@ -146,10 +148,10 @@ def heldout_loss(model, rows, cfg, device):
 
 def report(model, tokenizer, rows, cfg, device, samples=8):
     """Held-out loss of demonstrations and, where the rows say what is right, accuracy; and the greedy answers."""
-    rows = [row for row in rows if len(row["ids"]) + cfg.max_new <= model.cfg.context]
+    if not rows:
+        return {}, []
     loss = {"loss": heldout_loss(model, rows, cfg, device)}
-    if not all("sum" in row or "answer" in row for row in rows):
-        return loss, []
+    rows = [row for row in rows if ("sum" in row or "answer" in row) and len(row["ids"]) + cfg.max_new <= model.cfg.context]
     found, texts = evaluate(model, tokenizer, rows, score, cfg.max_new, samples)
     return loss | found, texts
 
@@ -167,13 +169,13 @@ def train(cfg):
             raise InputError(f"--width {cfg.width} --heads {cfg.heads}: a head needs an even whole number of channels")
         model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,
                               width=cfg.width, heads=cfg.heads)).to(device)
-    rows, val, test = task(cfg, tokenizer, model.cfg.context)
-    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
+    rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"sft: {parameters:,} parameters on {device.type}, {len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
     log = Run(cfg, tokenizer, Guard())
     first = log.resume(model, optimizer)
-    before = log.state.get("before") or {"loss": heldout_loss(model, test, cfg, device)}
+    before = log.state.get("before") or ({"loss": heldout_loss(model, test, cfg, device)} if test else {})
     todo = batches(rows, cfg.batch, cfg.seed, start=first)
 
     for step in range(first + 1, cfg.steps + 1):
@@ -189,7 +191,7 @@ def train(cfg):
             loss, found = sft_loss(logp, mask_dev[j, :t], n)
             loss.backward()
             stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
-        lr = set_lr(optimizer, cfg.lr, step, cfg.steps, cfg.warmup)
+        lr = set_lr(optimizer, step, cfg.steps, cfg.warmup)
         gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 
@@ -197,7 +199,7 @@ def train(cfg):
         metrics = stats.read() | {"gnorm": float(gnorm), "lr": lr, "epoch": step * cfg.batch / len(rows)}
         metrics["loss"] = metrics["nll"]
         last = step == cfg.steps
-        if (last or step % cfg.eval_every == 0) and val:
+        if last or step % cfg.eval_every == 0:
             found, texts = report(model, tokenizer, val, cfg, device, samples=1)
             metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
             log.samples(f"step {step}", val, texts)

@@ -1,0 +1,216 @@
+"""
+GRPO: Group Relative Policy Optimization (Shao et al. 2024, DeepSeekMath, arXiv 2402.03300, section 4.1).
+
+PPO without the critic: sample G answers to one prompt and let their mean reward be the baseline.
+
+    maximise  J(θ) = E  1/G Σ_i 1/|o_i| Σ_t { min(r_it Â_i, clip(r_it, 1-ε, 1+ε) Â_i) - β D_it }                     (Eq. 3)
+
+              r_it = π_θ(o_it | q, o_i,<t) / π_old(o_it | q, o_i,<t)
+              Â_i  = (R_i - mean(R_1 .. R_G)) / std(R_1 .. R_G),  the same for every token of o_i                     (§4.1.2)
+              D_it = π_ref/π_θ - log(π_ref/π_θ) - 1,  whose mean over samples of π_θ is KL(π_θ ‖ π_ref)               (Eq. 4)
+
+    paper   θ        q        o_i                 π_old      π_ref      r_it    Â_i   R_i      ε          β         G
+    here    policy   prompt   tokens[mask == 1]   old_logp   ref_logp   ratio   adv   reward   clip_eps   kl_beta   group
+
+What the paper leaves open, and what is done here: std divides by G - 1 and has 1e-4 added, and a group of equal rewards has advantage
+exactly 0. The reward is a rule, and there is no outer loop that retrains a reward model. The price D sits inside the loss as in the
+paper; there its value is that of KL(π_θ ‖ π_ref), but its gradient is that of KL(π_ref ‖ π_θ) (tests/test_grpo.py shows both). 1/|o_i|
+and std make the gradient a biased one of the mean reward; the tests say by how much. Temperature divides the logits everywhere, so π
+is the distribution that was sampled from.
+
+Run:     python grpo.py                               about a minute on two CPU cores; trains out/sft first if it is missing -> out/grpo
+Yours:   python grpo.py --init out/sft_mine --data rows.jsonl --max_new 300       {"prompt", "answer"}, or GSM8K's file as it is
+Ablate:  --kl_beta 0     --group 2     --epochs 4     --temperature 0.7
+"""
+import copy
+import time
+from dataclasses import dataclass
+
+import torch
+
+from model import (Guard, InputError, Mean, Run, answer_number, answers, batches, check, distinct, evaluate, frozen_logp, load, make_first,
+                   make_optimizer, micro_batches, read_rows, run, set_lr, setup, split, sums, table, usable)
+
+
+@dataclass
+class Config:
+    # data
+    data: str = ""                # JSON lines to learn from; "" is the built-in task
+    test: str = ""                # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
+    init: str = "out/sft"         # checkpoint folder of the policy to start from, and of the reference
+    out: str = "out/grpo"         # folder for the checkpoint, metrics, samples and curves
+    seed: int = 0                 # of the order of the data and the sampling
+    resume: bool = False          # go on with the run in --out
+    # rollout
+    prompts: int = 32             # prompts in a rollout
+    group: int = 8                # G, answers to each; their mean reward is the baseline
+    max_new: int = 24             # longest answer in tokens; one that has not ended by then is cut
+    temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
+    no_end_reward: float = 0.0    # reward of an answer that was cut: the rule never sees it
+    # objective
+    clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
+    kl_beta: float = 0.02         # β, price of leaving the reference; 0 leaves the policy free
+    ref_every: int = 0            # rollouts between refreshes of the reference, ref <- a policy + (1 - a) ref; 0: it stays
+    ref_mix: float = 0.6          # a, the policy's share in a refresh
+    # optimisation
+    steps: int = 80               # rollouts
+    epochs: int = 1               # passes over each rollout
+    minibatch: int = 128          # answers in an optimiser step; divides prompts * group
+    micro_tokens: int = 16384     # tokens, pads included, in one forward and backward: bounds the memory, changes no gradient
+    lr: float = 1.5e-4            # peak rate of AdamW; for a real pretrained model 1e-6
+    warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
+    grad_clip: float = 1.0        # largest gradient norm
+    # watching
+    eval_every: int = 10          # rollouts between evaluations on validation prompts, and between checkpoints
+    max_kl: float = 50.0          # the guard's limit for the KL to the reference, nats an answer
+    guard: bool = True            # stop a run that has gone wrong, and say why
+
+
+# ----------------------------------------------------------------------------------------------------------------- the algorithm
+
+
+def group_advantage(reward, group):
+    """Â of §4.1.2. reward (B,), the `group` answers of one prompt adjacent -> adv (B,); a group of equal rewards gets exactly 0."""
+    r = reward.view(-1, group)
+    adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+    return torch.where(r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0.0, adv).flatten()   # the mean of .3, .3, .3 may miss .3
+
+
+def kl_k3(logp, ref_logp):
+    """D of Eq. 4, per token and never negative; its mean over samples of π is KL(π ‖ π_ref). expm1 keeps digits when the two are close."""
+    return torch.expm1(ref_logp - logp) - (ref_logp - logp)
+
+
+def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
+    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on answer tokens; adv (B,); n: answers in the whole optimiser batch,
+    None if this is all of it. Returns the loss and statistics, means over the tokens under the mask."""
+    logp, old_logp, ref_logp = (torch.where(mask > 0, x, 0.0) for x in (logp, old_logp, ref_logp))   # nothing else reaches exp
+    length = mask.sum(1)                                                  # (B,)    |o_i|
+    n = (length > 0).sum().clamp(min=1) if n is None else n
+    ratio = (logp - old_logp).exp()                                       # (B, T)  r_it, 1 until the first optimiser step
+    adv = adv[:, None]                                                    # (B, 1)  Â_i
+    surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
+    price = kl_k3(logp, ref_logp)                                         # (B, T)  D_it
+    per_token = (surrogate - kl_beta * price) * mask
+    loss = -(per_token.sum(1) / length.clamp(min=1)).sum() / n            # 1/G Σ_i 1/|o_i| Σ_t
+    with torch.no_grad():
+        mean = lambda x: (x * mask).sum() / length.sum().clamp(min=1)
+        stats = {"kl": mean(price), "clip_low": mean((ratio < 1 - clip_eps) & (adv < 0)), "clip_high": mean((ratio > 1 + clip_eps) & (adv > 0))}
+    return loss, stats
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the task
+
+
+def score(row, text):
+    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number of "answer"."""
+    if "sum" in row:
+        return float(text.count("#") == 1 and text.split("#")[1] == row["sum"])
+    number = answer_number(text)
+    return float(number is not None and number == answer_number(row["answer"]))
+
+
+def prompts(cfg, tokenizer, context):
+    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"."""
+    if not cfg.data:
+        parts = sums(20_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
+    else:
+        found = [read_rows(path, "prompt", "answer") for path in (cfg.data, cfg.test) if path]
+        parts = split(*[usable(rows, lambda row: answer_number(row["answer"]) is not None, 'no number in "answer"') for rows in found])
+    parts = [[row | {"ids": tokenizer.encode_ordinary(row["prompt"])} for row in rows] for rows in parts]
+    fits = lambda row: len(row["ids"]) + cfg.max_new <= context
+    return [usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens") for rows in parts]
+
+
+# --------------------------------------------------------------------------------------------------------------------- the script
+
+
+def train(cfg):
+    device = setup(cfg.seed)
+    B = cfg.prompts * cfg.group
+    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1)
+    if B % cfg.minibatch:
+        raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of a rollout (--prompts {cfg.prompts} x --group {cfg.group})")
+
+    # models and data: all that can be wrong is found here, before the first step
+    if not cfg.data:
+        make_first(cfg.init, "sft.py", Config.init, cfg.seed)
+    policy, tokenizer = load(cfg.init, device)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    rows, val, test = prompts(cfg, tokenizer, policy.cfg.context)
+    optimizer = make_optimizer(policy, cfg.lr)
+    print(f"grpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
+          f"{len(val)} to validate, {len(test)} to report")
+    log = Run(cfg, tokenizer, Guard(cfg.max_kl))
+    first = log.resume(policy, optimizer)
+    if "reference" in log.state:
+        reference.load_state_dict(log.state["reference"])
+    before, texts_before = log.state.get("before") or evaluate(policy, tokenizer, test, score, cfg.max_new)
+    todo = batches(rows, cfg.prompts, cfg.seed, start=first)
+
+    for step in range(first + 1, cfg.steps + 1):
+        # 1. rollout: G answers to every prompt
+        t0 = time.perf_counter()
+        batch = next(todo)
+        tokens, mask, sampled_logp = policy.generate([row["ids"] for row in batch], cfg.group, cfg.max_new, cfg.temperature)   # (B, T)
+        host_mask = mask.cpu()                                            # what is chosen by it is found without waiting for the GPU
+        ref_logp, _ = frozen_logp(reference, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
+        old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
+
+        # 2. reward: the rule reads the answer alone, and only one that ended
+        texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
+        reward = torch.tensor([cfg.no_end_reward if text is None else score(batch[i // cfg.group], text) for i, text in enumerate(texts)])
+        right = (reward > 0).view(-1, cfg.group)
+
+        # 3. advantage: no critic, the group is the baseline
+        adv = group_advantage(reward, cfg.group).to(device)
+        t1 = time.perf_counter()
+
+        # 4. update: clipped passes over the same rollout
+        stats = Mean()
+        lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
+        for _ in range(cfg.epochs):
+            for i in torch.randperm(B).split(cfg.minibatch):
+                optimizer.zero_grad(set_to_none=True)
+                for j, t, at in micro_batches(host_mask, i, cfg.micro_tokens, device):
+                    logp, entropy = policy.token_logp(tokens[j, :t], None, cfg.temperature, at)
+                    loss, found = grpo_loss(logp, old_logp[j, :t], ref_logp[j, :t], adv[j], mask[j, :t], cfg.clip_eps, cfg.kl_beta, len(i))
+                    loss.backward()
+                    stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
+                gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+                optimizer.step()
+                stats.add({"gnorm": gnorm})
+        if cfg.ref_every and step % cfg.ref_every == 0:
+            with torch.no_grad():
+                for ref, new in zip(reference.parameters(), policy.parameters()):
+                    ref.lerp_(new, cfg.ref_mix)
+        t2 = time.perf_counter()
+
+        # 5. log, evaluate, save
+        length = host_mask.sum(1)
+        metrics = {"reward": reward.mean().item(), "solved": right.any(1).float().mean().item(),
+                   "dead": (adv.view(-1, cfg.group) == 0).all(1).float().mean().item(),
+                   "len": length.mean().item(), "end": sum(text is not None for text in texts) / B} | stats.read()
+        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "gap": ((old_logp - sampled_logp).abs().sum() / mask.sum()).item(),
+                    "dist2": distinct(tokens, mask), "lr": lr}
+        last = step == cfg.steps
+        if last or step % cfg.eval_every == 0:
+            found, texts = evaluate(policy, tokenizer, val, score, cfg.max_new, samples=1)
+            metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
+            log.samples(f"step {step}", val, texts)
+        metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
+        why = log.log(step, "reward dead len end kl ent clip_low clip_high gnorm gap gen_s upd_s tok_s val_greedy val_acc", **metrics)
+        if why:
+            log.stop(policy, optimizer, step, why)
+        if last or step % cfg.eval_every == 0:
+            more = {"reference": reference.state_dict()} if cfg.ref_every else {}
+            log.save(policy, optimizer, step, before=(before, texts_before), **more)
+
+    after, texts = evaluate(policy, tokenizer, test, score, cfg.max_new)
+    print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
+    print("before\n" + log.samples("before", test, texts_before) + "after\n" + log.samples("after", test, texts))
+    log.plot("reward val_acc val_greedy", "len val_length", "kl_seq", "ent")
+
+
+if __name__ == "__main__":
+    run(train, Config)

@@ -1,0 +1,361 @@
+"""The transformer: fused log-probs, the cache, sampling, the scalar head, checkpoints and the tokenizer.   python -m pytest tests/test_model.py"""
+import math
+import os
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as M
+from conftest import FAMILIES, PROMPTS, gradients, naive_logp, tiny
+from model import GPT, GPTConfig, InputError, ScalarModel, linear_logp, load, make_tokenizer, micro_batches, save
+
+# ------------------------------------------------------------------------------------------------------------------ fused log-prob
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_fused_logp_and_entropy_equal_the_naive_form_in_value_and_gradient(temperature, monkeypatch):
+    """ALGORITHMS 0.4. Chunks of 3 rows over 10 rows: the last chunk is a part of one."""
+    monkeypatch.setattr(M.LinearLogp, "CHUNK", 3 * 50)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8).double().requires_grad_(), torch.randn(50, 8).double().requires_grad_()
+    targets, upstream = torch.randint(0, 50, (10,)), torch.randn(10).double()
+    logp, entropy = linear_logp(hidden, weight, targets, temperature)
+    got = torch.autograd.grad((logp * upstream).sum(), (hidden, weight))
+
+    full = (hidden @ weight.T / temperature).log_softmax(-1)
+    expected = full.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=full).entropy(), rtol=0, atol=1e-9)
+    for a, b in zip(got, torch.autograd.grad((expected * upstream).sum(), (hidden, weight))):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    assert not entropy.requires_grad
+    assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, targets, temperature)[0], (hidden, weight))
+
+
+def test_entropy_of_a_uniform_distribution_is_log_V():
+    assert math.isclose(linear_logp(torch.zeros(1, 4), torch.randn(50, 4), torch.tensor([0]))[1].item(), math.log(50), rel_tol=1e-6)
+
+
+def test_fused_logp_survives_logits_that_overflow_exp():
+    logp, entropy = linear_logp(torch.full((1, 1), 1e4), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
+    assert logp.item() == -2e4 and entropy.item() == 0
+
+
+def test_no_tensor_of_rows_times_vocabulary_ever_exists(monkeypatch):
+    """Watch every operation of a forward and a backward pass: none may return as much as an eighth of (N, V)."""
+    monkeypatch.setattr(M.LinearLogp, "CHUNK", 2 ** 14)
+    N, V, C = 512, 1000, 16
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    hidden, weight = torch.randn(N, C).requires_grad_(), torch.randn(V, C).requires_grad_()
+    with Largest() as seen:
+        linear_logp(hidden, weight, torch.zeros(N, dtype=torch.long))[0].sum().backward()
+    assert 0 < seen.numel < N * V / 8, seen.numel
+
+
+def test_half_precision_inputs_give_float32_results_and_gradients_of_the_masters():
+    hidden, weight = torch.randn(5, 8).bfloat16().requires_grad_(), torch.randn(30, 8).requires_grad_()
+    logp, entropy = linear_logp(hidden, weight, torch.arange(5))
+    logp.sum().backward()
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
+    expected = (hidden.float() @ weight.bfloat16().float().T).log_softmax(-1).diagonal()
+    torch.testing.assert_close(logp, expected, rtol=0, atol=0.05)
+
+
+def test_token_logp_scores_masked_positions_and_no_others(family):
+    model = tiny(family)
+    tokens, mask = torch.randint(0, 23, (3, 9)), (torch.rand(3, 9) < 0.5).double()
+    logp, entropy = model.token_logp(tokens, mask, 0.7)
+    mask[:, 0] = 0                                              # nothing predicts the first token
+    torch.testing.assert_close(logp, naive_logp(model, tokens, 0.7) * mask, rtol=0, atol=1e-9)
+    assert ((entropy > 0) == (mask > 0)).all()
+    everything, _ = model.token_logp(tokens)
+    torch.testing.assert_close(everything, naive_logp(model, tokens), rtol=0, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the transformer
+
+
+def test_the_future_and_the_pads_change_nothing(family):
+    """A row alone, padded by 5 with any id, and inside a ragged batch: the same log-probs (1e-10)."""
+    model = tiny(family)
+    rows = [torch.randint(0, 23, (n,)) for n in (4, 9, 6)]
+    batch = torch.stack([torch.cat([r, torch.randint(0, 23, (14 - len(r),))]) for r in rows])
+    together, _ = model.token_logp(batch)
+    for row, got in zip(rows, together):
+        alone, _ = model.token_logp(row[None])
+        torch.testing.assert_close(got[:len(row)], alone[0], rtol=0, atol=1e-10)
+
+
+def test_rotary_attention_sees_only_the_distance():
+    """RoPE, arXiv 2104.09864 Eq. 16: <R_m q, R_n k> depends on m - n alone."""
+    cos, sin = (x.double() for x in M.rope_table(32, 8, 10_000.0, (), torch.device("cpu")))
+    q, k = torch.randn(2, 1, 1, 1, 8).double()
+    dot = lambda m, n: (M.rotate(q, cos[m], sin[m]) * M.rotate(k, cos[n], sin[n])).sum().item()
+    assert math.isclose(dot(3, 1), dot(20, 18), abs_tol=1e-5) and abs(dot(3, 1) - dot(3, 2)) > 1e-3
+
+
+def test_llama3_slows_only_the_slow_frequencies():
+    """factor 8, low 1, high 4, original context 64: waves longer than 64 run 8 times slower, shorter than 16 as before."""
+    plain, scaled = (M.rope_table(2, 32, 10_000.0, s, torch.device("cpu"))[1][1] for s in ((), (8.0, 1.0, 4.0, 64.0)))   # sin at position 1
+    wave = 2 * math.pi / plain.asin()
+    torch.testing.assert_close(scaled[wave < 16], plain[wave < 16])
+    torch.testing.assert_close(scaled[wave > 64].asin(), plain[wave > 64].asin() / 8)
+    between = (wave > 16) & (wave < 64)
+    assert between.any() and (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
+
+
+def test_grouped_queries_equal_repeated_keys():
+    """arXiv 2305.13245: K key/value heads, each copied for H / K query heads, in plain matrix products."""
+    q, k, v = torch.randn(2, 4, 6, 8).double(), torch.randn(2, 2, 6, 8).double(), torch.randn(2, 2, 6, 8).double()
+    K, V = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+    scores = (q @ K.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+    torch.testing.assert_close(M.causal_attention(q, k, v), scores.softmax(-1) @ V)
+
+
+# -------------------------------------------------------------------------------------------------------------------- generation
+
+
+def greedy_without_cache(model, prompt, max_new, stop):
+    """The definition: a full forward pass for every token."""
+    ids = list(prompt)
+    for _ in range(max_new):
+        ids.append(int((model(torch.tensor([ids]))[0, -1] @ model.unembedding.T).argmax()))
+        if ids[-1] in stop:
+            break
+    return ids
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_sampled_logp_is_the_scored_logp(family, dtype, tolerance):
+    """The law of DESIGN 2: cache, shared prefill, per-row positions and dropped rows give the full forward's log-probs."""
+    model = tiny(family, dtype)
+    tokens, mask, logp = model.generate(PROMPTS, group=4, max_new=12, temperature=1.5)
+    scored, _ = model.token_logp(tokens, mask, 1.5)
+    torch.testing.assert_close(logp, scored, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logp, naive_logp(model, tokens, 1.5) * mask, rtol=0, atol=tolerance)
+    assert len(mask.sum(1).unique()) > 3, "the lengths must be ragged, or nothing was tested"
+
+
+def test_greedy_answers_are_those_of_a_loop_without_cache_in_any_batch(family):
+    model = tiny(family)
+    tokens, mask, logp = model.generate(PROMPTS, group=2, max_new=12, temperature=0)
+    ends = set()
+    for i in range(len(tokens)):
+        prompt, n = PROMPTS[i // 2], int(mask[i].sum())
+        expected = greedy_without_cache(model, prompt, 12, model.cfg.stop)
+        assert tokens[i, :len(prompt) + n].tolist() == expected
+        assert mask[i].nonzero()[0] == len(prompt) and n == len(expected) - len(prompt)
+        alone = model.generate([prompt], max_new=12, temperature=0)
+        torch.testing.assert_close(alone[2][0][alone[1][0] > 0], logp[i][mask[i] > 0], rtol=0, atol=1e-9)
+        ends.add(expected[-1] in model.cfg.stop)
+    torch.testing.assert_close(logp, model.token_logp(tokens, mask, 0)[0], rtol=0, atol=1e-9)      # temperature 0 is scored at 1
+    assert len({int(n) for n in mask.sum(1)}) > 1
+
+
+def test_the_end_token_is_the_last_of_the_mask_and_pads_follow():
+    model = tiny()
+    tokens, mask, _ = model.generate(PROMPTS, group=8, max_new=12)
+    cut = 0
+    for i, (row, m) in enumerate(zip(tokens, mask)):
+        start, n = len(PROMPTS[i // 8]), int(m.sum())
+        assert row[:start].tolist() == PROMPTS[i // 8] and m[start:start + n].all() and not m[start + n:].any() and not m[:start].any()
+        body, end = row[start:start + n - 1], int(row[start + n - 1])
+        assert not set(body.tolist()) & set(model.cfg.stop) and (row[start + n:] == 0).all()
+        cut += end not in model.cfg.stop
+        assert end in model.cfg.stop or n == 12
+    assert cut < len(tokens)
+
+
+def test_pad_may_be_the_end_token():
+    """Masks come from lengths: with pad = eos nothing changes but the ids of the pads (ALGORITHMS 0.2)."""
+    model, out = tiny(), []
+    for pad in (0, 3):
+        torch.manual_seed(1)
+        out.append(model.generate(PROMPTS, group=4, max_new=12, pad=pad))
+    (tokens, mask, logp), (tokens3, mask3, logp3) = out
+    assert torch.equal(mask, mask3) and torch.equal(logp, logp3) and torch.equal(tokens[mask > 0], tokens3[mask > 0])
+    torch.testing.assert_close(model.token_logp(tokens3, mask3)[0], logp, rtol=0, atol=1e-9)
+
+
+def test_the_same_seed_gives_the_same_text_and_a_generator_leaves_torch_alone():
+    model = tiny()
+    a = model.generate(PROMPTS, 4, 12, generator=torch.Generator().manual_seed(5))
+    state = torch.get_rng_state()
+    b = model.generate(PROMPTS, 4, 12, generator=torch.Generator().manual_seed(5))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and torch.equal(state, torch.get_rng_state())
+    c = model.generate(PROMPTS, 4, 12, generator=torch.Generator().manual_seed(6))
+    assert a[0].shape != c[0].shape or not torch.equal(a[0], c[0])
+
+
+def test_other_stop_ids_and_one_token_answers():
+    model = tiny()
+    tokens, mask, _ = model.generate(PROMPTS, 1, 12, 0, stop=())
+    assert (mask.sum(1) == 12).all()
+    tokens, mask, _ = model.generate(PROMPTS, 3, 1)
+    assert (mask.sum(1) == 1).all() and tokens.shape == (15, 8)
+
+
+def test_a_prompt_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="exceed the context of 48"):
+        tiny().generate([[1] * 40], max_new=9)
+
+
+def test_sampling_follows_the_tempered_softmax():
+    """First tokens of 20,000 answers against softmax(z / 0.7): within 5 standard errors, every token."""
+    model = tiny(dtype=torch.float32)
+    tokens, _, _ = model.generate([[7, 8, 9]], group=20_000, max_new=1, temperature=0.7)
+    p = ((model(torch.tensor([[7, 8, 9]]))[0, -1] @ model.unembedding.T) / 0.7).softmax(-1)
+    share = torch.bincount(tokens[:, 3], minlength=23) / 20_000
+    assert ((share - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt() + 1e-6).all()
+
+
+def test_sampling_never_picks_a_token_of_probability_zero(monkeypatch):
+    p = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).repeat(50_000, 1)
+    assert set(M.sample(p).tolist()) == {1, 3}
+    for u in (0.0, 1 - 2 ** -24):                                # the ends of what torch.rand can return
+        monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full((50_000, 1), u))
+        assert set(M.sample(p * 0.1 / 3).tolist()) == {1 if u == 0 else 3}
+
+
+def test_bf16_path_keeps_float32_masters(monkeypatch, family):
+    """What CUDA runs, run on a CPU: products in bf16, log-probs and weight gradients in float32, sampler and scorer close."""
+    monkeypatch.setattr(M, "BF16", {"cpu"})
+    model = tiny(family, torch.float32)
+    tokens, mask, logp = model.generate(PROMPTS, 4, 12)
+    scored, entropy = model.token_logp(tokens, mask)
+    assert scored.dtype == entropy.dtype == logp.dtype == torch.float32
+    assert 0 < (logp - scored).abs().max() + 1e-12 < 0.25 and (logp - scored).abs().sum() / mask.sum() < 0.03
+    scored.sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    monkeypatch.setattr(M, "BF16", set())
+    assert (model.token_logp(tokens, mask)[0] - scored).abs().sum() / mask.sum() < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------------ the scalar head
+
+
+def test_value_is_read_one_column_before_the_score():
+    """A head that returns its own position: value[t] comes from t - 1, before the choice; score from the end token itself (ALGORITHMS 0.1)."""
+
+    class Position(ScalarModel):
+        def forward(self, tokens):
+            return torch.arange(tokens.size(1)).expand(tokens.shape).double() + 100
+
+    model = Position(tiny())
+    tokens = torch.randint(0, 23, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]])
+    assert model.value(tokens).tolist() == [[0, 100, 101, 102, 103, 104]] * 2
+    assert model.score(tokens, mask).tolist() == [103, 105]
+
+
+def test_a_score_is_the_value_of_the_longer_prefix_whatever_the_padding(family):
+    model = ScalarModel(tiny(family), std=1.0).double()
+    tokens, mask = torch.randint(0, 23, (3, 9)), torch.zeros(3, 9)
+    for row, (start, end) in zip(mask, ((2, 5), (1, 9), (4, 7))):
+        row[start:end] = 1
+    score, value = model.score(tokens, mask), model.value(torch.cat([tokens, tokens[:, :1]], 1))
+    score, value = score.detach(), value.detach()
+    for i, end in enumerate((5, 9, 7)):
+        assert math.isclose(score[i], value[i, end], abs_tol=1e-10)
+        assert math.isclose(score[i], model.score(tokens[i:i + 1, :end], mask[i:i + 1, :end]).item(), abs_tol=1e-10)
+    assert ScalarModel(tiny()).double().value(tokens).abs().max() == 0       # a new critic expects nothing
+
+
+# ------------------------------------------------------------------------------------------------------------------- micro-batches
+
+
+def test_micro_batches_cover_every_row_once_within_the_budget():
+    torch.manual_seed(0)
+    mask = torch.zeros(20, 30)
+    for i, n in enumerate(torch.randint(1, 20, (20,)).tolist()):
+        mask[i, 5:5 + n] = 1
+    mask[3] = 0                                                 # an empty row is carried along
+    model = tiny()
+    tokens = torch.randint(0, 23, mask.shape)
+    rows, seen, padded = torch.randperm(20)[:15], [], 0
+    whole, _ = model.token_logp(tokens, mask)
+    for j, t, at in micro_batches(mask, rows, 60, torch.device("cpu")):
+        seen += j.tolist()
+        assert len(j) * t <= 60 or len(j) == 1
+        assert not mask[j, t:].any()                            # nothing that counts is trimmed
+        torch.testing.assert_close(model.token_logp(tokens[j, :t], rows=at)[0], whole[j, :t], rtol=0, atol=1e-10)
+        padded += len(j) * t
+    assert sorted(seen) == sorted(rows.tolist()) and padded < 15 * 30
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints and tokenizer
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path, family):
+    model, tokenizer = tiny(family, torch.float32, vocab=259), make_tokenizer()
+    save(tmp_path, model, tokenizer, step=7)
+    again, tok = load(tmp_path)
+    assert again.cfg == model.cfg and tok.n_vocab == 259 and os.listdir(tmp_path) == ["ckpt.pt"]
+    tokens = torch.randint(0, 259, (2, 9))
+    assert torch.equal(model.token_logp(tokens)[0], again.token_logp(tokens)[0])
+    critic = ScalarModel(model, std=1.0)
+    save(tmp_path, critic, tokenizer)
+    assert torch.equal(load(tmp_path)[0].value(tokens), critic.value(tokens))
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    model, tokenizer = tiny(), make_tokenizer()
+    save(tmp_path, model, tokenizer)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+
+    def half(data, f):
+        f.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(InputError, match="No space left on device.*untouched"):
+        save(tmp_path, model, tokenizer)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before and os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "boom"),)
+
+    torch.save({"model": Bomb()}, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match="not a nanoPO checkpoint"):
+        load(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+    model = tiny(dtype=torch.float32)
+    model.cfg.mlp_width = 77
+    save(tmp_path, model, make_tokenizer())
+    with pytest.raises(InputError, match=r"blocks.0.mlp.down.weight has shape \(32, 85\), its config asks for \(32, 77\)"):
+        load(tmp_path)
+
+
+def test_the_byte_tokenizer_knows_every_byte_and_text_cannot_make_special_tokens():
+    tok = make_tokenizer()
+    for text in ("", "13,20#20", "naïve 汉字 🙂 e\u0301 \x00\x7f", "<|endoftext|><|im_end|>", " \n\t  " * 50, "9" * 5000):
+        ids = tok.encode_ordinary(text)
+        assert tok.decode(ids) == text and len(ids) == len(text.encode()) and max(ids, default=0) < 256
+    assert tok.decode(list(range(128, 256))) and (tok.eot_token, tok.n_vocab) == (256, 259)      # broken UTF-8 is text, not a crash
+
+
+def test_chat_trains_the_assistant_and_the_mark_that_ends_its_turn():
+    tok = make_tokenizer()
+    ids, mask = M.encode_chat(tok, [dict(role="user", content="hi"), dict(role="assistant", content="yo"),
+                                    dict(role="user", content="<|im_end|>"), dict(role="assistant", content="ok")])
+    assert tok.decode(ids) == ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
+                               "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\nok<|im_end|>")
+    assert tok.decode([i for i, m in zip(ids, mask) if m]) == "yo<|im_end|>ok<|im_end|>"
+    assert ids.count(258) == 4                                   # the user's own text made none

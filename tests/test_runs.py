@@ -1,0 +1,206 @@
+"""The scripts as a user runs them: they learn, resume, repeat themselves, and refuse bad input in one line.   python -m pytest tests/test_runs.py"""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model as M
+from conftest import ROOT
+from model import Guard
+
+SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "12", "--eval_every", "5", "--batch", "8"]
+QUICK = ["--steps", "6", "--prompts", "4", "--group", "4", "--minibatch", "8", "--eval_every", "3"]
+
+
+def script(name, *args, cwd, **kwargs):
+    return subprocess.run([sys.executable, os.path.join(ROOT, name), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=900, **kwargs)
+
+
+def metrics(folder):
+    """metrics.jsonl without what depends on the clock and the machine."""
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s") and k != "mem_gb"} for line in f]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder in which the one command has run with its default settings: out/sft and out/grpo."""
+    home = tmp_path_factory.mktemp("home")
+    done = script("grpo.py", cwd=home)
+    assert done.returncode == 0, done.stderr
+    (home / "log").write_text(done.stdout)
+    return home
+
+
+def final(log, name):
+    """before, after of one line of the table that ends a run."""
+    line = [line.split() for line in log.splitlines() if line.split()[:1] == [name] and "->" in line][-1]
+    return float(line[1]), float(line[3])
+
+
+def test_one_command_trains_sft_then_grpo_and_learns_on_held_out_prompts(home):
+    """With room: SFT .4 to .65 greedy and .45 or more at T=1; GRPO .93 greedy, .85 at T=1, and longer answers (README has the figures)."""
+    log = (home / "log").read_text()
+    assert "out/sft does not exist: running sft.py first" in log
+    (g0, g1), (a0, a1), (n0, n1) = final(log, "greedy"), final(log, "acc"), final(log, "length")
+    assert .4 < g0 < .65 and a0 > .45 and final(log, "pass@8")[0] > .90
+    assert g1 > .93 and a1 > .85 and n1 > n0 + 2
+    rows = metrics(home / "out/grpo")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert all(row["gap"] < 1e-5 for row in rows), "the sampler and the scorer disagree"
+    assert {"config.json", "metrics.jsonl", "ckpt.pt", "samples.txt"} <= set(os.listdir(home / "out/grpo"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A policy too small to be good, in a second."""
+    folder = tmp_path_factory.mktemp("small")
+    assert script("sft.py", *SMALL, cwd=folder).returncode == 0
+    return folder / "out/sft"
+
+
+@pytest.mark.parametrize("name", ["sft.py", "grpo.py"])
+def test_two_runs_with_one_seed_write_the_same_metrics_and_another_seed_does_not(name, small, tmp_path):
+    args = SMALL if name == "sft.py" else QUICK + ["--init", small]
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert script(name, *args, "--out", out, "--seed", seed, cwd=tmp_path).returncode == 0
+    a, b, c = (metrics(tmp_path / x) for x in "abc")
+    assert a == b and a != c and len(a) == int(args[args.index("--steps") + 1])
+
+
+@pytest.mark.parametrize("name, more", [("sft.py", []), ("grpo.py", []), ("grpo.py", ["--ref_every", "2", "--epochs", "2"])])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, tmp_path):
+    """Cut between two checkpoints: the steps after the last one are done again, and no line is lost or doubled."""
+    args = (SMALL if name == "sft.py" else QUICK + ["--init", small]) + more
+    assert script(name, *args, "--out", "whole", cwd=tmp_path).returncode == 0
+    cut = "import sys, model; log = model.Run.log; model.Run.log = lambda self, step, *a, **k: step == 4 + 3 * (self.steps > 6) and sys.exit(9) or log(self, step, *a, **k)"
+    code = f"{cut}; import {name[:-3]} as s; sys.argv[0] = '{name}'; model.run(s.train, s.Config)"
+    env = os.environ | {"PYTHONPATH": ROOT}
+    killed = subprocess.run([sys.executable, "-c", code, *map(str, args), "--out", "cut"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert script(name, "--out", "cut", "--resume", cwd=tmp_path).returncode == 0            # its settings are remembered
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    a, b = (M.read_checkpoint(str(tmp_path / x))["model"] for x in ("cut", "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_an_earlier_run_is_kept_and_a_bool_can_stand_alone(small, tmp_path):
+    for _ in range(2):
+        done = script("grpo.py", *QUICK, "--init", small, "--guard", "false", cwd=tmp_path)
+        assert done.returncode == 0
+    assert "the earlier run is kept as out/grpo.1" in done.stdout
+    assert metrics(tmp_path / "out/grpo") == metrics(tmp_path / "out/grpo.1")
+
+
+@pytest.mark.parametrize("name", ["sft.py", "grpo.py"])
+def test_help_explains_every_flag(name, tmp_path):
+    done = script(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and os.listdir(tmp_path) == []
+    for flag in ("--seed", "--init", "--out", "--data", "--resume", "--lr"):
+        assert flag in done.stdout
+
+
+def test_own_data_end_to_end(tmp_path):
+    """GSM8K's format: SFT, then GRPO from that checkpoint; the held-out rows are found by hash or given by --test."""
+    rows = [{"question": f"What is {i} + {j}?", "answer": f"It is <<{i}+{j}={i + j}>>{i + j}.\n#### {i + j}"} for i in range(20) for j in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:7]))
+    done = script("sft.py", *SMALL, "--data", "rows.jsonl", "--context", 64, "--max_new", 30, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = final(done.stdout, "loss")
+    assert after < before and "pass@8" in done.stdout
+    done = script("grpo.py", *QUICK, "--data", "rows.jsonl", "--test", "test.jsonl", "--max_new", 30, cwd=tmp_path)
+    assert done.returncode == 0 and "7 to report" in done.stdout, done.stderr
+    chat = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(200)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chat))
+    assert script("sft.py", *SMALL, "--data", "chat.jsonl", "--out", "chat", cwd=tmp_path).returncode == 0
+
+
+GOOD = json.dumps({"prompt": "2+2=", "response": "4", "answer": "4"}) + "\n"
+BAD = [
+    # script, arguments, content of rows.jsonl, what the one line says
+    ("sft.py", ["--data", "nowhere.jsonl"], None, "nowhere.jsonl: no such file"),
+    ("sft.py", ["--data", "rows.jsonl"], "", "rows.jsonl: the file is empty"),
+    ("sft.py", ["--data", "rows.jsonl"], GOOD * 2 + '{"prompt": \n', "rows.jsonl:3: not a JSON line"),
+    ("sft.py", ["--data", "rows.jsonl"], GOOD + "[1, 2]\n", "rows.jsonl:2: expected an object {...}, found list"),
+    ("sft.py", ["--data", "rows.jsonl"], GOOD + '{"prompt": "a"}\n', 'rows.jsonl:2: field "response" is missing; a row needs prompt, response'),
+    ("sft.py", ["--data", "rows.jsonl"], '{"prompt": 3, "response": "a"}\n', 'rows.jsonl:1: field "prompt" is int, not text'),
+    ("sft.py", ["--data", "rows.jsonl"], '{"messages": [{"role": "user"}]}\n', 'rows.jsonl:1: field "messages" must be a list'),
+    ("sft.py", ["--data", "rows.jsonl"], '{"messages": [{"role": "user", "content": "a"}]}\n', "must end with the assistant's turn, not 'user'"),
+    ("sft.py", ["--data", "rows.jsonl", "--context", "8"], json.dumps({"prompt": "a" * 9, "response": "b"}) + "\n", "longer than the context of 8 tokens"),
+    ("sft.py", ["--data", "rows.jsonl"], GOOD.replace('"4"', '" "', 1), "the response is empty"),
+    ("sft.py", ["--data", "rows.jsonl"], GOOD.replace("2+2=", "2"), "no row is left to train on"),
+    ("sft.py", ["--widht", "64"], None, "unrecognized arguments: --widht 64"),
+    ("sft.py", ["--steps", "many"], None, "argument --steps: invalid int value: 'many'"),
+    ("sft.py", ["--steps", "0"], None, "--steps 0: must be at least 1"),
+    ("sft.py", ["--guard", "perhaps"], None, "argument --guard"),
+    ("sft.py", ["--width", "50"], None, "--width 50 --heads 3"),
+    ("sft.py", ["--tokenizer", "gpt5"], None, "tokenizer 'gpt5' is unknown: use bytes or one of"),
+    ("sft.py", ["--init", "nowhere"], None, "nowhere: no checkpoint here"),
+    ("sft.py", ["--resume"], None, "out/sft: nothing to resume"),
+    ("grpo.py", ["--init", "SMALL", "--group", "1"], None, "--group 1: must be at least 2"),
+    ("grpo.py", ["--init", "SMALL", "--minibatch", "100"], None, "--minibatch 100 does not divide the 256 answers"),
+    ("grpo.py", ["--init", "nowhere"], None, "nowhere: no checkpoint here"),
+    ("grpo.py", ["--init", "SMALL", "--max_new", "60"], None, "prompt + --max_new 60 exceed the context of 64 tokens"),
+    ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a"}\n', 'rows.jsonl:1: field "answer" is missing'),
+    ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "answer": "b"}\n', 'no number in "answer"'),
+    ("grpo.py", ["--init", "rows.jsonl"], "x", "rows.jsonl: no checkpoint here"),
+    ("grpo.py", ["--init", "SMALL", "--out", "rows.jsonl"], "x", "rows.jsonl: cannot write here"),
+]
+
+
+@pytest.mark.parametrize("name, args, content, says", BAD, ids=[says[:50] for *_, says in BAD])
+def test_bad_input_gets_one_clear_line_and_leaves_nothing(name, args, content, says, small, tmp_path):
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_text(content)
+    there = set(os.listdir(tmp_path))
+    done = script(name, *[small if a == "SMALL" else a for a in args], cwd=tmp_path)
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1 and says in done.stderr and done.stderr.startswith(name), done.stderr
+    assert set(os.listdir(tmp_path)) == there
+
+
+def test_a_checkpoint_cut_short_or_of_another_program_is_refused(small, tmp_path):
+    data = (small / "ckpt.pt").read_bytes()
+    for i, content in enumerate((data[:len(data) // 2], b"", b"hello")):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "ckpt.pt").write_bytes(content)
+        done = script("grpo.py", "--init", str(i), cwd=tmp_path)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"{i}/ckpt.pt: not a nanoPO checkpoint" in done.stderr
+
+
+def test_no_space_to_write_ends_in_one_line_and_keeps_the_last_checkpoint(small, tmp_path):
+    """A limit on the size of files stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    assert script("grpo.py", *QUICK, "--init", small, "--out", "out", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "out/ckpt.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+    done = script("grpo.py", "--out", "out", "--resume", "--steps", "9", cwd=tmp_path, preexec_fn=limit)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "could not be written" in done.stderr, done.stderr
+    assert (tmp_path / "out/ckpt.pt").read_bytes() == before and not (tmp_path / "out/ckpt.pt.tmp").exists()
+
+
+def test_a_run_that_goes_wrong_is_stopped_and_the_good_checkpoint_stays(small, tmp_path):
+    done = script("grpo.py", *QUICK, "--init", small, "--lr", "1e9", "--grad_clip", "1e9", "--kl_beta", "1e9", "--out", "out", "--eval_every", "1", cwd=tmp_path)
+    assert done.returncode == 1 and "stopped by the guard at step" in done.stderr, done.stderr
+    assert (tmp_path / "out/stopped.pt").exists()
+
+
+@pytest.mark.parametrize("stream, rule", [
+    ([{"loss": 1.0}] * 3 + [{"loss": float("nan")}], "loss is nan"),
+    ([{"gnorm": float("inf")}], "gnorm is inf"),
+    ([{"kl_seq": 11.0}] * 5, "KL to the reference above 10"),
+    ([{"end": 0.01}] * 5, "fewer than 5% of answers end"),
+    ([{"solved": 0.0}] * 50, "no answer of any group was right"),
+    ([{"kl_seq": 11.0}] * 4 + [{"kl_seq": 9.0}] + [{"kl_seq": 11.0}] * 4, None),
+    ([{"solved": 0.0}] * 49 + [{"solved": 0.1}] + [{"solved": 0.0}] * 49, None),
+    ([{"loss": 1.0, "kl_seq": 1.0, "end": 1.0, "solved": 0.5}] * 100, None),
+])
+def test_each_rule_of_the_guard(stream, rule):
+    guard = Guard(max_kl=10.0)
+    verdicts = [guard.check(m) for m in stream]
+    assert not any(verdicts[:-1])
+    assert (verdicts[-1] is None) if rule is None else rule in verdicts[-1]

@@ -56,7 +56,7 @@ class Config:
     steps: int = 80               # rollouts
     epochs: int = 1               # passes over each rollout
     minibatch: int = 128          # answers in an optimiser step; divides prompts * group
-    micro_tokens: int = 16384     # tokens, pads included, in one forward and backward: bounds the memory, changes no gradient
+    micro_tokens: int = 0         # tokens, pads included, in one forward and backward: bounds the memory, changes no gradient; 0: by device
     lr: float = 1.5e-4            # peak rate of AdamW; for a real pretrained model 1e-6
     warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
@@ -147,6 +147,7 @@ def train(cfg):
         reference.load_state_dict(log.state["reference"])
     before, texts_before = log.state.get("before") or evaluate(policy, tokenizer, test, score, cfg.max_new)
     todo = batches(rows, cfg.prompts, cfg.seed, start=first)
+    once = cfg.epochs == 1 and cfg.minibatch == B                         # one update a rollout: old log-probs are the current ones
 
     for step in range(first + 1, cfg.steps + 1):
         # 1. rollout: G answers to every prompt
@@ -155,7 +156,8 @@ def train(cfg):
         tokens, mask, sampled_logp = policy.generate([row["ids"] for row in batch], cfg.group, cfg.max_new, cfg.temperature)   # (B, T)
         host_mask = mask.cpu()                                            # what is chosen by it is found without waiting for the GPU
         ref_logp, _ = frozen_logp(reference, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
-        old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
+        if not once:
+            old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
 
         # 2. reward: the rule reads the answer alone, and only one that ended
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
@@ -171,12 +173,14 @@ def train(cfg):
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
         for _ in range(cfg.epochs):
             for i in torch.randperm(B).split(cfg.minibatch):
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
                 for j, t, at in micro_batches(host_mask, i, cfg.micro_tokens, device):
                     logp, entropy = policy.token_logp(tokens[j, :t], None, cfg.temperature, at)
-                    loss, found = grpo_loss(logp, old_logp[j, :t], ref_logp[j, :t], adv[j], mask[j, :t], cfg.clip_eps, cfg.kl_beta, len(i))
+                    old = logp.detach() if once else old_logp[j, :t]
+                    loss, found = grpo_loss(logp, old, ref_logp[j, :t], adv[j], mask[j, :t], cfg.clip_eps, cfg.kl_beta, len(i))
                     loss.backward()
-                    stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
+                    gap = (old - sampled_logp[j, :t]).abs().sum()         # the sampler and the scorer are one model: about 0
+                    stats.add(found | {"ent": entropy.sum() / len(at), "gap": gap / len(at)}, len(at))
                 gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()
                 stats.add({"gnorm": gnorm})
@@ -191,15 +195,14 @@ def train(cfg):
         metrics = {"reward": reward.mean().item(), "solved": right.any(1).float().mean().item(),
                    "dead": (adv.view(-1, cfg.group) == 0).all(1).float().mean().item(),
                    "len": length.mean().item(), "end": sum(text is not None for text in texts) / B} | stats.read()
-        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "gap": ((old_logp - sampled_logp).abs().sum() / mask.sum()).item(),
-                    "dist2": distinct(tokens, mask), "lr": lr}
+        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "dist2": distinct(tokens, mask), "lr": lr}
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, texts = evaluate(policy, tokenizer, val, score, cfg.max_new, samples=1)
             metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
             log.samples(f"step {step}", val, texts)
         metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
-        why = log.log(step, "reward dead len end kl ent clip_low clip_high gnorm gap gen_s upd_s tok_s val_greedy val_acc", **metrics)
+        why = log.log(step, "reward dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc", **metrics)
         if why:
             log.stop(policy, optimizer, step, why)
         if last or step % cfg.eval_every == 0:

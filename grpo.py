@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from model import (Guard, InputError, Mean, Run, answer_number, answers, batches, check, distinct, evaluate, frozen_logp, load, make_first,
-                   make_optimizer, micro_batches, read_rows, run, set_lr, setup, split, sums, table, usable)
+                   make_optimizer, micro_batches, prompt_ids, read_rows, run, set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Config:
     warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
     # watching
-    eval_every: int = 10          # rollouts between evaluations on validation prompts, and between checkpoints
+    eval_every: int = 5           # rollouts between evaluations on validation prompts, and between checkpoints
     max_kl: float = 50.0          # the guard's limit for the KL to the reference, nats an answer
     guard: bool = True            # stop a run that has gone wrong, and say why
 
@@ -117,7 +117,7 @@ def prompts(cfg, tokenizer, context):
     else:
         found = [read_rows(path, "prompt", "answer") for path in (cfg.data, cfg.test) if path]
         parts = split(*[usable(rows, lambda row: answer_number(row["answer"]) is not None, 'no number in "answer"') for rows in found])
-    parts = [[row | {"ids": tokenizer.encode_ordinary(row["prompt"])} for row in rows] for rows in parts]
+    parts = [[row | {"ids": prompt_ids(tokenizer, row)} for row in rows] for rows in parts]
     fits = lambda row: len(row["ids"]) + cfg.max_new <= context
     return [usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens") for rows in parts]
 
@@ -125,12 +125,20 @@ def prompts(cfg, tokenizer, context):
 # --------------------------------------------------------------------------------------------------------------------- the script
 
 
+def validate(policy, tokenizer, rows, cfg):
+    """Metrics on the validation prompts, with a single answer each at temperature 1."""
+    found, _ = evaluate(policy, tokenizer, rows, score, cfg.max_new, samples=1)
+    return {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
+
+
 def train(cfg):
     device = setup(cfg.seed)
     B = cfg.prompts * cfg.group
     check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1)
+    if cfg.temperature <= 0:
+        raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers of a group are the same")
     if B % cfg.minibatch:
-        raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of a rollout (--prompts {cfg.prompts} x --group {cfg.group})")
+        raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of a rollout, --prompts x --group")
 
     # models and data: all that can be wrong is found here, before the first step
     if not cfg.data:
@@ -141,11 +149,13 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"grpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
-    log = Run(cfg, tokenizer, Guard(cfg.max_kl))
-    first = log.resume(policy, optimizer)
-    if "reference" in log.state:
-        reference.load_state_dict(log.state["reference"])
-    before, texts_before = log.state.get("before") or evaluate(policy, tokenizer, test, score, cfg.max_new)
+    out = Run(cfg, tokenizer, Guard(cfg.max_kl))
+    first = out.resume(policy, optimizer)
+    if "reference" in out.state:
+        reference.load_state_dict(out.state["reference"])
+    before, texts_before = out.state.get("before") or evaluate(policy, tokenizer, test, score, cfg.max_new)
+    if first == 0:
+        out.log(0, "val_greedy val_acc val_length", **validate(policy, tokenizer, val, cfg))
     todo = batches(rows, cfg.prompts, cfg.seed, start=first)
     once = cfg.epochs == 1 and cfg.minibatch == B                         # one update a rollout: old log-probs are the current ones
 
@@ -198,21 +208,19 @@ def train(cfg):
         metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "dist2": distinct(tokens, mask), "lr": lr}
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
-            found, texts = evaluate(policy, tokenizer, val, score, cfg.max_new, samples=1)
-            metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
-            log.samples(f"step {step}", val, texts)
+            metrics |= validate(policy, tokenizer, val, cfg)
         metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
-        why = log.log(step, "reward dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc", **metrics)
+        why = out.log(step, "reward dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc", **metrics)
         if why:
-            log.stop(policy, optimizer, step, why)
+            out.stop(policy, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
             more = {"reference": reference.state_dict()} if cfg.ref_every else {}
-            log.save(policy, optimizer, step, before=(before, texts_before), **more)
+            out.save(policy, optimizer, step, before=(before, texts_before), **more)
 
     after, texts = evaluate(policy, tokenizer, test, score, cfg.max_new)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
-    print("before\n" + log.samples("before", test, texts_before) + "after\n" + log.samples("after", test, texts))
-    log.plot("reward val_acc val_greedy", "len val_length", "kl_seq", "ent")
+    print("before\n" + out.samples("before", test, texts_before) + "after\n" + out.samples("after", test, texts))
+    out.plot("reward val_acc val_greedy", "len val_length", "kl_seq", "ent")
 
 
 if __name__ == "__main__":

@@ -375,10 +375,11 @@ class GPT(nn.Module):
 
 def sample(p, generator=None):
     """One draw from each row of p (n, V) -> (n,). Inverse of the cumulative distribution: one random number a row, no wait for the GPU;
-    on a CPU 15x faster than torch.multinomial at V = 259. u stays clear of 1, where rounding could pick a token of probability 0."""
+    on a CPU 15x faster than torch.multinomial at V = 259. u stays clear of 1, where rounding could pick a token of probability 0; the last
+    clamp matters where p is nan, which the guard is to tell, not an index error."""
     c = p.cumsum(-1)
     u = torch.rand(len(p), 1, dtype=p.dtype, device=p.device, generator=generator).clamp_(max=1 - 2 ** -23)
-    return torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0]
+    return torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0].clamp_(max=p.size(1) - 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------- scalar head
@@ -444,6 +445,14 @@ def encode_chat(tokenizer, messages):
         ids += head + body + gap
         mask += [0] * len(head) + [int(m["role"] == "assistant")] * len(body) + [0] * len(gap)
     return ids[:-len(gap)], mask[:-len(gap)]
+
+
+def prompt_ids(tokenizer, row):
+    """What the model reads before it answers: the prompt as it is, or the messages up to the assistant's last turn and that turn's header."""
+    if "messages" not in row:
+        return tokenizer.encode_ordinary(row["prompt"])
+    turns = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    return encode_chat(tokenizer, turns + [{"role": "assistant", "content": ""}])[0][:-1]
 
 
 def answers(tokenizer, tokens, mask, stop):
@@ -550,8 +559,9 @@ def read_rows(path, *needed):
             if "question" in row and "prompt" not in row:
                 row |= {"prompt": f"{row['question']}\n", "response": row.get("answer")}
             if "messages" in row and "prompt" not in row:
-                check_messages(row["messages"], f"{path}:{number}")
-                row |= {"prompt": json.dumps(row["messages"][:-1]), "response": row["messages"][-1]["content"]}
+                check_messages(row["messages"], f"{path}:{number}", "response" in needed)
+                said = [f"{m['role']}: {m['content']}" for m in row["messages"][:-1]]
+                row |= {"prompt": "\n".join(said), "response": row["messages"][-1]["content"]}
             for name in needed:
                 if isinstance(row.get(name), (int, float)) and name == "answer":
                     row[name] = str(row[name])
@@ -564,12 +574,12 @@ def read_rows(path, *needed):
     return rows
 
 
-def check_messages(messages, where):
+def check_messages(messages, where, answered):
     good = isinstance(messages, list) and messages and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
     if not good:
         raise InputError(f'{where}: field "messages" must be a list of {{"role": text, "content": text}}')
-    if messages[-1]["role"] != "assistant":
+    if answered and messages[-1]["role"] != "assistant":
         raise InputError(f'{where}: field "messages" must end with the assistant\'s turn, not {messages[-1]["role"]!r}')
 
 
@@ -595,7 +605,9 @@ def split(rows, test=()):
     return train, val, test
 
 
-NUMBER = re.compile(r"(?<![0-9A-Za-z.])([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:/([0-9]+(?:\.[0-9]+)?))?")
+NUMBER = re.compile(r"""(?<![0-9A-Za-z.]) ([-+]?) \$?                              # sign; not inside a word or a decimal
+                        ((?: [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | \.[0-9]+)    # 1,234.5 or 1234.5 or .5
+                        (?: / ([0-9]+ (?:\.[0-9]+)?) )?                           # and the denominator, if there is one""", re.X)
 
 
 def answer_number(text):
@@ -759,7 +771,7 @@ class Mean:
 # ---------------------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, size=250):
+def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0):
     """Accuracy of a policy on rows with "ids" (the encoded prompt), by `score`; an answer that did not end is wrong.
 
     Returns a dict, greedy: accuracy at temperature 0; acc: at temperature 1, over `samples` answers a prompt; pass@k, k = samples: any of
@@ -769,6 +781,7 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, size=250
     if not rows:
         return {}, []
     generator = torch.Generator(model.device).manual_seed(seed)
+    size = max(1, 2 ** 17 // (samples * (max(len(row["ids"]) for row in rows) + max_new)))   # 131,072 tokens in the cache at a time
     greedy, right, ended, length, shown = [], [], [], [], []
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]
@@ -924,7 +937,11 @@ class Run:
     def resume(self, model, optimizer):
         """Put weights, optimiser and random state back as they were. Returns the last finished step, 0 for a new run."""
         if self.state:
-            model.load_state_dict(self.state["model"])
+            try:
+                model.load_state_dict(self.state["model"])
+            except RuntimeError as e:
+                why = str(e).splitlines()[1].strip()
+                raise InputError(f"{self.out}: its checkpoint has another shape than --init or the flags ask for ({why})") from None
             optimizer.load_state_dict(self.state["optimizer"])
             torch.set_rng_state(self.state["rng"])
             if torch.cuda.is_available():

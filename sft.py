@@ -29,9 +29,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (GPT, GPTConfig, Guard, InputError, Mean, Run, batches, check, encode_chat, evaluate, frozen_logp, answer_number, load,
-                   make_optimizer, make_tokenizer, micro_batches, pad_batch, read_rows, run,
-                   set_lr, setup, split, stop_ids, sums, table, usable)
+from model import (GPT, GPTConfig, Guard, InputError, Mean, Run, answer_number, batches, check, encode_chat, evaluate, frozen_logp, load,
+                   make_optimizer, make_tokenizer, micro_batches, pad_batch, prompt_ids, read_rows, run, set_lr, setup, split,
+                   stop_ids, sums, table, usable)
 
 
 @dataclass
@@ -110,12 +110,12 @@ def score(row, text):
 
 def prepare(row, tokenizer):
     """Add what the model reads: "ids" of the prompt, "tokens" of prompt, response and end token, and their "mask"."""
+    ids = prompt_ids(tokenizer, row)
     if "messages" in row:
         tokens, mask = encode_chat(tokenizer, row["messages"])
-        ids = encode_chat(tokenizer, row["messages"][:-1] + [{"role": "assistant", "content": ""}])[0][:-1]
     else:                                                                 # apart, so that the boundary of the mask is exact
-        ids, response = tokenizer.encode_ordinary(row["prompt"]), tokenizer.encode_ordinary(row["response"])
-        tokens, mask = ids + response + [tokenizer.eot_token], [0] * len(ids) + [1] * (len(response) + 1)
+        response = tokenizer.encode_ordinary(row["response"]) + [tokenizer.eot_token]
+        tokens, mask = ids + response, [0] * len(ids) + [1] * len(response)
     return row | {"ids": ids, "tokens": tokens, "mask": mask}
 
 
@@ -163,6 +163,9 @@ def train(cfg):
     # data and model: all that can be wrong is found here, before the first step
     if cfg.init:
         model, tokenizer = load(cfg.init, device)
+        for name in ("context", "layers", "width", "heads"):
+            if getattr(cfg, name) not in (getattr(Config, name), getattr(model.cfg, name)):
+                raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, and --init keeps its shape")
     else:
         tokenizer = make_tokenizer(cfg.tokenizer)
         if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
@@ -173,9 +176,9 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"sft: {parameters:,} parameters on {device.type}, {len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
-    log = Run(cfg, tokenizer, Guard())
-    first = log.resume(model, optimizer)
-    before = log.state.get("before") or ({"loss": heldout_loss(model, test, cfg, device)} if test else {})
+    out = Run(cfg, tokenizer, Guard())
+    first = out.resume(model, optimizer)
+    before = out.state.get("before") or ({"loss": heldout_loss(model, test, cfg, device)} if test else {})
     todo = batches(rows, cfg.batch, cfg.seed, start=first)
 
     for step in range(first + 1, cfg.steps + 1):
@@ -201,19 +204,19 @@ def train(cfg):
         if last or step % cfg.eval_every == 0:
             found, texts = report(model, tokenizer, val, cfg, device, samples=1)
             metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
-            log.samples(f"step {step}", val, texts)
+            out.samples(f"step {step}", val, texts)
         metrics["tok_s"] = int(len(tokens) * tokens.size(1) / (time.perf_counter() - t0))
         shown = "nll ent gnorm epoch tok_s val_loss val_greedy val_acc" if last or step % 20 == 0 else ""
-        why = log.log(step, shown, **metrics)
+        why = out.log(step, shown, **metrics)
         if why:
-            log.stop(model, optimizer, step, why)
+            out.stop(model, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
-            log.save(model, optimizer, step, before=before)
+            out.save(model, optimizer, step, before=before)
 
     after, texts = report(model, tokenizer, test, cfg, device)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
-    print(log.samples("after", test, texts))
-    log.plot("nll val_loss", "val_greedy val_acc", "val_length")
+    print(out.samples("after", test, texts))
+    out.plot("nll val_loss", "val_greedy val_acc", "val_length")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def bench_step():
 
     s = interleave({"plain": plain, "fused": fused}, repeats=20)
     for form, (median, low, high) in s.items():
-        line(f"GRPO step, built-in model, {form} log-prob", median * 1000, "ms", f"{median / s['plain'][0]:.2f}x plain ({low * 1000:.0f}-{high * 1000:.0f})")
+        spread = f"({low * 1000:.0f}-{high * 1000:.0f})"
+        line(f"GRPO step, built-in model, {form} log-prob", median * 1000, "ms", f"{median / s['plain'][0]:.2f}x plain {spread}")
 
 
 if __name__ == "__main__":

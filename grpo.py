@@ -28,8 +28,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (Guard, InputError, Mean, Run, answer_number, answers, batches, check, distinct, evaluate, frozen_logp, load, make_first,
-                   make_optimizer, micro_batches, prompt_ids, read_rows, run, set_lr, setup, split, sums, table, usable)
+from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate, frozen_logp, load, main, make_first,
+                   make_optimizer, micro_batches, prompt_ids, read_rows, set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -104,22 +104,24 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
 
 def score(row, text):
     """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number of "answer"."""
-    if "sum" in row:
-        return float(text.count("#") == 1 and text.split("#")[1] == row["sum"])
+    if "two_digits" in row:
+        return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
     number = answer_number(text)
     return float(number is not None and number == answer_number(row["answer"]))
 
 
 def prompts(cfg, tokenizer, context):
     """Rows to learn from, to validate on and to report on, each with its prompt's "ids"."""
-    if not cfg.data:
-        parts = sums(20_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
-    else:
-        found = [read_rows(path, "prompt", "answer") for path in (cfg.data, cfg.test) if path]
-        parts = split(*[usable(rows, lambda row: answer_number(row["answer"]) is not None, 'no number in "answer"') for rows in found])
-    parts = [[row | {"ids": prompt_ids(tokenizer, row)} for row in rows] for rows in parts]
-    fits = lambda row: len(row["ids"]) + cfg.max_new <= context
-    return [usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens") for rows in parts]
+    def ready(rows):
+        rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
+        rows = usable(rows, lambda row: "two_digits" in row or answer_number(row["answer"]) is not None, 'no number in "answer"')
+        rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
+        fits = lambda row: len(row["ids"]) + cfg.max_new <= context
+        return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens")
+
+    if cfg.data:
+        return split(*[ready(read_rows(path, "prompt", "answer")) for path in (cfg.data, cfg.test) if path])
+    return [ready(rows) for rows in (sums(20_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test"))]
 
 
 # --------------------------------------------------------------------------------------------------------------------- the script
@@ -134,7 +136,7 @@ def validate(policy, tokenizer, rows, cfg):
 def train(cfg):
     device = setup(cfg.seed)
     B = cfg.prompts * cfg.group
-    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1)
+    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1, lr=0, warmup=0, micro_tokens=0, ref_every=0)
     if cfg.temperature <= 0:
         raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers of a group are the same")
     if B % cfg.minibatch:
@@ -149,11 +151,11 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"grpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
-    out = Run(cfg, tokenizer, Guard(cfg.max_kl))
-    first = out.resume(policy, optimizer)
-    if "reference" in out.state:
-        reference.load_state_dict(out.state["reference"])
-    before, texts_before = out.state.get("before") or evaluate(policy, tokenizer, test, score, cfg.max_new)
+    out = Folder(cfg, tokenizer, Guard(cfg.max_kl))
+    first, saved = out.begin(policy, optimizer)
+    if saved:
+        reference.load_state_dict(saved["reference"])
+    before, texts_before = saved.get("before") or evaluate(policy, tokenizer, test, score, cfg.max_new)
     if first == 0:
         out.log(0, "val_greedy val_acc val_length", **validate(policy, tokenizer, val, cfg))
     todo = batches(rows, cfg.prompts, cfg.seed, start=first)
@@ -198,13 +200,14 @@ def train(cfg):
             with torch.no_grad():
                 for ref, new in zip(reference.parameters(), policy.parameters()):
                     ref.lerp_(new, cfg.ref_mix)
+        stats = stats.read()                                              # waits for the GPU
         t2 = time.perf_counter()
 
         # 5. log, evaluate, save
         length = host_mask.sum(1)
         metrics = {"reward": reward.mean().item(), "solved": right.any(1).float().mean().item(),
                    "dead": (adv.view(-1, cfg.group) == 0).all(1).float().mean().item(),
-                   "len": length.mean().item(), "end": sum(text is not None for text in texts) / B} | stats.read()
+                   "len": length.mean().item(), "end": sum(text is not None for text in texts) / B} | stats
         metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "dist2": distinct(tokens, mask), "lr": lr}
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
@@ -214,8 +217,7 @@ def train(cfg):
         if why:
             out.stop(policy, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
-            more = {"reference": reference.state_dict()} if cfg.ref_every else {}
-            out.save(policy, optimizer, step, before=(before, texts_before), **more)
+            out.save(policy, optimizer, step, reference=reference.state_dict(), before=(before, texts_before))
 
     after, texts = evaluate(policy, tokenizer, test, score, cfg.max_new)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
@@ -224,4 +226,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    run(train, Config)
+    main(train, Config)

@@ -17,8 +17,9 @@ Letters: B sequences, T tokens, C width, H query heads, K key/value heads, D hea
 
 Sources: nanoGPT (github.com/karpathy/nanoGPT) for the shape of such a file; RoPE arXiv 2104.09864, grouped queries arXiv 2305.13245.
 """
-import argparse, copy, functools, hashlib, inspect, json, math, os, random, re, shutil, subprocess, sys, time
-from dataclasses import asdict, dataclass, field, fields
+import argparse, functools, hashlib, inspect, json, math, os, random, re, subprocess, sys, time
+from dataclasses import asdict, dataclass, fields
+from decimal import Decimal
 from fractions import Fraction
 
 import tiktoken
@@ -196,13 +197,14 @@ class LinearLogp(torch.autograd.Function):
     """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: rows are walked in chunks, one log-sum-exp a row is kept, and
     the backward pass computes each chunk's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ."""
 
-    CHUNK = 2 ** 24                                                  # logits alive at a time; 64 MB in float32
+    CHUNK = 2 ** 24                                                  # logits in a chunk; two chunks are alive, 64 MB each in float32
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         step = max(1, LinearLogp.CHUNK // len(weight))
         cast = weight.to(hidden.dtype)                               # once, under bf16; float32 masters stay as they are
-        logp, entropy, lse = hidden.new_empty((3, len(hidden)), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp, entropy, lse = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
         for i in range(0, len(hidden), step):
             z = row_logits(hidden[i:i + step], cast, temperature)                            # (n, V)
             top = z.amax(1, keepdim=True)
@@ -212,12 +214,14 @@ class LinearLogp(torch.autograd.Function):
             lse[i:i + step] = top[:, 0] + total.log()
             logp[i:i + step] = picked - lse[i:i + step]
             entropy[i:i + step] = lse[i:i + step] - p.mul_(z).sum(1) / total                 # H = lse - Σ_v p_v z_v
+            del z, p
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature, ctx.step = temperature, step
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         hidden, weight, targets, lse = ctx.saved_tensors
         cast, temperature, step = weight.to(hidden.dtype), ctx.temperature, ctx.step
@@ -240,7 +244,8 @@ def linear_logp(hidden, weight, targets, temperature=1.0):
     hidden (N, C), weight (V, C), targets (N,) int64 -> logp (N,), entropy (N,), in nats, float32 or wider. Gradients reach hidden and
     weight through logp; the entropy is for watching and carries none. Peak extra memory is one chunk of logits, not (N, V).
     """
-    return LinearLogp.apply(hidden, weight, targets, temperature or 1.0)
+    with torch.autocast(hidden.device.type, enabled=False):         # the precision is that of `hidden`, forward and backward
+        return LinearLogp.apply(hidden, weight, targets, temperature or 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- GPT
@@ -249,9 +254,25 @@ def linear_logp(hidden, weight, targets, temperature=1.0):
 BF16 = {"cuda"}                   # devices whose matrix products run in bf16; the weights stay float32, and others compute in float32
 
 
+LOOK = {"cpu": 1}                 # decoding steps between looks for finished rows; a look waits for the GPU, so there it is every 8
+
+
 def autocast(device):
     """bf16 matrix products over float32 weights, where the device is in BF16. Inside one such block each weight is cast only once."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
+
+
+def sample(p, generator=None):
+    """One draw from each row of p (n, V) -> (n,), without a wait for the GPU. nan in p gives some id: the guard is to tell, not a crash.
+
+    On a CPU by the inverse of the cumulative distribution, 15x faster than torch.multinomial at V = 259; u stays clear of 1, where
+    rounding could pick a token of probability 0. Elsewhere by a race of exponentials, the arg min of E_v / p_v.
+    """
+    if p.device.type != "cpu":
+        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+    c = p.cumsum(-1)
+    u = torch.rand(len(p), 1, dtype=p.dtype, generator=generator).clamp_(max=1 - 2 ** -23)
+    return torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0].clamp_(max=p.size(1) - 1)
 
 
 class GPT(nn.Module):
@@ -285,6 +306,7 @@ class GPT(nn.Module):
     def forward(self, tokens, positions=None, cache=None):
         """tokens (B, T) -> hidden states (B, T, C) after the last norm. positions (B, T), None for 0 .. T-1."""
         cfg = self.cfg
+        assert tokens.size(1) <= cfg.context, f"{tokens.size(1)} tokens exceed the context of {cfg.context}"
         with autocast(tokens.device):
             x = self.embedding(tokens)                                                       # (B, T, C)
             where = slice(tokens.size(1)) if positions is None else positions
@@ -298,21 +320,21 @@ class GPT(nn.Module):
                 x = block(x, rope, cache)
             return self.norm(x)
 
-    def token_logp(self, tokens, mask=None, temperature=1.0, rows=None):
+    def token_logp(self, tokens, mask=None, temperature=1.0, at=None):
         """logp, entropy (B, T), float32 or wider: logp[b, t] = log π(tokens[b, t] | tokens[b, :t]); 0 where the mask is 0 and at t = 0.
 
-        Only positions under the mask meet the vocabulary; no mask means every position but the first. `rows`, the flat indices of those
+        Only positions under the mask meet the vocabulary; no mask means every position but the first. `at`, the flat indices of those
         positions, saves a wait for the GPU where the caller knows them (see micro_batches). Temperature 0 counts as 1.
         """
         B, T = tokens.shape
-        if rows is None:
+        if at is None:
             chosen = torch.ones_like(tokens) if mask is None else mask > 0
-            rows = F.pad(chosen[:, 1:], (1, 0)).flatten().nonzero()[:, 0]                    # (N,)
-        hidden = self(tokens).flatten(0, 1)[rows - 1]                                        # (N, C): position t is read off t - 1
-        if tokens.device.type in BF16:
+            at = F.pad(chosen[:, 1:], (1, 0)).flatten().nonzero()[:, 0]                      # (N,)
+        hidden = self(tokens).flatten(0, 1)[at - 1]                                          # (N, C): position t is read off t - 1
+        if tokens.device.type in BF16 and hidden.dtype == torch.float32:
             hidden = hidden.bfloat16()                                                       # the last norm hands out float32
-        flat = linear_logp(hidden, self.unembedding, tokens.flatten()[rows], temperature)
-        return tuple(x.new_zeros(B * T).index_copy(0, rows, x).view(B, T) for x in flat)
+        flat = linear_logp(hidden, self.unembedding, tokens.flatten()[at], temperature)
+        return tuple(x.new_zeros(B * T).index_copy(0, at, x).view(B, T) for x in flat)
 
     @torch.no_grad()
     def generate(self, prompts, group=1, max_new=64, temperature=1.0, stop=None, pad=0, generator=None):
@@ -325,11 +347,12 @@ class GPT(nn.Module):
         """
         device, stop, tau = self.device, torch.tensor(self.cfg.stop if stop is None else stop), temperature or 1.0
         length, P = torch.tensor([len(p) for p in prompts]), max(map(len, prompts))
+        if length.min() < 1:
+            raise ValueError("an empty prompt: the first answer token must follow something")
         if P + max_new > self.cfg.context:
             raise ValueError(f"prompt of {P} + max_new {max_new} tokens exceed the context of {self.cfg.context}")
         tokens = torch.tensor([list(p) + [pad] * (P - len(p)) for p in prompts])             # (B, P)
         stop = stop.to(device)
-        every = 1 if device.type == "cpu" else 8               # looking for finished rows waits for the GPU, so there it is done rarely
 
         with autocast(device):                                 # around the whole loop: weights are cast to bf16 once a rollout
             cache = KVCache(self.cfg.layers)
@@ -353,7 +376,7 @@ class GPT(nn.Module):
                 done = done | torch.isin(token, stop)
                 if n + 1 == max_new:
                     break
-                if n % every == every - 1:
+                if (n + 1) % LOOK.get(device.type, 8) == 0:
                     keep = (~done).nonzero()[:, 0]
                     if len(keep) == 0:
                         break
@@ -371,15 +394,6 @@ class GPT(nn.Module):
         given = torch.arange(max_new, device=device) < count[:, None]                        # (N, max_new), as many as in mask
         out = F.pad(tokens.repeat_interleave(group, 0).to(device), (0, T - P), value=pad)    # (N, T); T < P where it cuts pads only
         return out.masked_scatter(mask, answer[given]), mask.float(), logp.new_zeros(N, T).masked_scatter(mask, logp[given])
-
-
-def sample(p, generator=None):
-    """One draw from each row of p (n, V) -> (n,). Inverse of the cumulative distribution: one random number a row, no wait for the GPU;
-    on a CPU 15x faster than torch.multinomial at V = 259. u stays clear of 1, where rounding could pick a token of probability 0; the last
-    clamp matters where p is nan, which the guard is to tell, not an index error."""
-    c = p.cumsum(-1)
-    u = torch.rand(len(p), 1, dtype=p.dtype, device=p.device, generator=generator).clamp_(max=1 - 2 ** -23)
-    return torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0].clamp_(max=p.size(1) - 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------- scalar head
@@ -426,6 +440,8 @@ def make_tokenizer(name="bytes"):
         pattern, ranks, special = base._pat_str, base._mergeable_ranks, dict(base._special_tokens)
     for mark in ("<|im_start|>", "<|im_end|>"):
         special.setdefault(mark, 1 + max(*ranks.values(), *special.values()))
+    gaps = set(range(max(special.values()))) - set(ranks.values()) - set(special.values())
+    special |= {f"<|unused_{i}|>": i for i in gaps}                  # a young model may sample any id; each must decode
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -451,8 +467,12 @@ def prompt_ids(tokenizer, row):
     """What the model reads before it answers: the prompt as it is, or the messages up to the assistant's last turn and that turn's header."""
     if "messages" not in row:
         return tokenizer.encode_ordinary(row["prompt"])
-    turns = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
-    return encode_chat(tokenizer, turns + [{"role": "assistant", "content": ""}])[0][:-1]
+    return encode_chat(tokenizer, asked(row["messages"]) + [{"role": "assistant", "content": ""}])[0][:-1]
+
+
+def asked(messages):
+    """The turns before the assistant's last one."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def answers(tokenizer, tokens, mask, stop):
@@ -500,7 +520,10 @@ def read_checkpoint(folder):
 def load(path, device="cpu"):
     """A checkpoint folder -> model, tokenizer."""
     data = read_checkpoint(path)
-    model = GPT(GPTConfig(**data["config"]))
+    try:
+        model = GPT(GPTConfig(**data["config"]))
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"{path}: its config does not describe a model ({e})") from None
     model = model if data["kind"] == "GPT" else ScalarModel(model)
     own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
     got = {name: tuple(x.shape) for name, x in data["model"].items()}
@@ -516,7 +539,7 @@ def load(path, device="cpu"):
 
 def part(prompt):
     """"train", "val" (1 in 20: settings are chosen on these) or "test" (1 in 20: reported numbers), by a hash that never changes."""
-    return {0: "val", 1: "test"}.get(int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 20, "train")
+    return {0: "val", 1: "test"}.get(int(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(), 16) % 20, "train")
 
 
 def sums(n, which, seed=0):
@@ -529,7 +552,7 @@ def sums(n, which, seed=0):
             terms = [rng.randint(1, 9) for _ in range(k)]
             prompt = "+".join(map(str, terms)) + "="
             if part(prompt) == which and (which == "train" or prompt not in seen):
-                rows.append({"prompt": prompt, "sum": f"{sum(terms):02d}"})
+                rows.append({"prompt": prompt, "two_digits": f"{sum(terms):02d}"})
                 seen.add(prompt)
                 break
         else:
@@ -538,97 +561,107 @@ def sums(n, which, seed=0):
 
 
 def read_rows(path, *needed):
-    """JSON lines -> list of dicts in which every field in `needed` is text, with their line number in "line".
+    """JSON lines -> list of dicts in which every field in `needed` is text, with their file and line in "at".
 
-    GSM8K's {"question", "answer"} is read as prompt (with a line break after it), response and answer. {"messages": [...]} stands for
-    prompt and response. The first thing that is wrong is told by file, line and field.
+    GSM8K's {"question", "answer"} is read as prompt (with a line break after it), response and answer. Where there is {"messages": [...]},
+    it stands for prompt and response. The first thing that is wrong is told by file, line and field.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     rows = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
+            at = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as e:                                  # bad UTF-8 is a ValueError too
-                raise InputError(f"{path}:{number}: not a JSON line ({e})") from None
+            except (ValueError, RecursionError) as e:                # bad UTF-8 is a ValueError too
+                raise InputError(f"{at}: not a JSON line ({e})") from None
             if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: expected an object {{...}}, found {type(row).__name__}")
-            if "question" in row and "prompt" not in row:
-                row |= {"prompt": f"{row['question']}\n", "response": row.get("answer")}
-            if "messages" in row and "prompt" not in row:
-                check_messages(row["messages"], f"{path}:{number}", "response" in needed)
-                said = [f"{m['role']}: {m['content']}" for m in row["messages"][:-1]]
+                raise InputError(f"{at}: expected an object {{...}}, found {type(row).__name__}")
+            if isinstance(row.get("question"), str) and "prompt" not in row:
+                row = {"response": row.get("answer")} | row | {"prompt": row["question"] + "\n"}
+            if "messages" in row:
+                check_messages(row["messages"], at, "response" in needed)
+                said = [f"{m['role']}: {m['content']}" for m in asked(row["messages"])]
                 row |= {"prompt": "\n".join(said), "response": row["messages"][-1]["content"]}
+            if isinstance(row.get("answer"), (int, float)) and not isinstance(row["answer"], bool):
+                row["answer"] = format(Decimal(repr(row["answer"])), "f")                    # 1e-05 -> 0.00001
             for name in needed:
-                if isinstance(row.get(name), (int, float)) and name == "answer":
-                    row[name] = str(row[name])
                 if not isinstance(row.get(name), str):
-                    problem = f"is {type(row[name]).__name__}, not text" if name in row else "is missing"
-                    raise InputError(f'{path}:{number}: field "{name}" {problem}; a row needs {", ".join(needed)}')
-            rows.append(row | {"line": number})
+                    problem = "is missing" if row.get(name) is None else f"is {type(row[name]).__name__}, not text"
+                    raise InputError(f'{at}: field "{name}" {problem}; a row needs {", ".join(needed)}')
+            rows.append(row | {"at": at})
     if not rows:
         raise InputError(f"{path}: the file is empty")
     return rows
 
 
-def check_messages(messages, where, answered):
-    good = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages)
-    if not good:
-        raise InputError(f'{where}: field "messages" must be a list of {{"role": text, "content": text}}')
+def check_messages(messages, at, answered):
+    if not isinstance(messages, list) or not messages or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+        raise InputError(f'{at}: field "messages" must be a list of {{"role": text, "content": text}}')
     if answered and messages[-1]["role"] != "assistant":
-        raise InputError(f'{where}: field "messages" must end with the assistant\'s turn, not {messages[-1]["role"]!r}')
+        raise InputError(f'{at}: field "messages" must end with the assistant\'s turn, not {messages[-1]["role"]!r}')
 
 
 def usable(rows, good, why):
     """The rows for which good(row), the others counted aloud with the first one's line; an error if none remain."""
-    kept = [row for row in rows if good(row)]
-    if len(kept) < len(rows):
-        first = next(row for row in rows if not good(row))
-        print(f"dropped {len(rows) - len(kept)} of {len(rows)} rows: {why}" + (f" (first at line {first['line']})" if "line" in first else ""))
-    if rows and not kept:
+    kept, bad = [row for row in rows if good(row)], [row for row in rows if not good(row)]
+    if bad:
+        print(f"dropped {len(bad)} of {len(rows)} rows: {why}; the first is {bad[0].get('at', repr(bad[0]['prompt']))}")
+    if bad and not kept:
         raise InputError(f"no row is left: {why}")
     return kept
 
 
-def split(rows, test=()):
-    """Train, val and test rows, by the hash of the prompt. Where a file of test rows is given, only val is kept from training."""
+def split(rows, test=None):
+    """Train, val and test rows by the hash of the prompt; or val by the hash, the given test rows, and all other prompts to train on."""
     parts = {"train": [], "val": [], "test": []}
     for row in rows:
         parts[part(row["prompt"])].append(row)
-    train, val, test = (parts["train"] + parts["test"], parts["val"], test) if test else parts.values()
+    train, val = parts["train"], parts["val"]
+    if test is None:
+        test = parts["test"]
+    else:
+        told = {row["prompt"] for row in test}
+        train, val = (usable(x, lambda row: row["prompt"] not in told, "its prompt is in --test") for x in (train + parts["test"], val))
     if not train:
         raise InputError("no row is left to train on: the hash of their prompts holds all of them out; --data needs more rows")
     return train, val, test
 
 
-NUMBER = re.compile(r"""(?<![0-9A-Za-z.]) ([-+]?) \$?                              # sign; not inside a word or a decimal
-                        ((?: [0-9]{1,3} (?:,[0-9]{3})+ (?![0-9]) | [0-9]+ ) (?:\.[0-9]+)? | \.[0-9]+)    # 1,234.5 or 1234.5 or .5
-                        (?: / ([0-9]+ (?:\.[0-9]+)?) )?                           # and the denominator, if there is one""", re.X)
+NUMBER = re.compile(r"""
+    (?<![0-9A-Za-z.]) (?<![0-9][eE][-+])                            # not inside a word, a decimal or an exponent
+    ([-+]?) \$? (?: ([0-9]+) [ ]+ (?=[0-9]+/[0-9]) )?               # sign; the 3 of 3 1/2
+    ( (?: [0-9]{1,3} (?:,[0-9]{3})+ | [0-9]+ ) (?:\.[0-9]+)? | \.[0-9]+ )    # 1,234.5 or 1234.5 or .5
+    (?! [0-9] | \.[0-9] | [eE][-+]?[0-9] )                          # and all of it
+    (?: / ([0-9]+ (?:\.[0-9]+)?) )?                                 # the denominator of a fraction""", re.X)
 
 
 def answer_number(text):
     """The number that an answer states, as an exact Fraction, or None.
 
     After the last "####" if there is one, else in the last \\boxed{...}, else the last number of the text. Commas, $ and % fall away
-    (5% is 5), signs, decimals and fractions count, "42." and "42.0" are 42. Nothing is evaluated.
+    (5% is 5), signs, decimals, fractions and mixed numbers count, "42." and "42.0" are 42. A formula such as \\sqrt{2} after "####" or in
+    a box is no number. Nothing is evaluated.
     """
-    which = -1
-    text = text.replace("\u2212", "-")
+    text, which = text.replace("\u2212", "-"), -1
     if "####" in text:
         text, which = text.rpartition("####")[2].split("\n")[0], 0
-    elif "\\boxed" in text:
-        text = boxed(text.rpartition("\\boxed")[2].lstrip())
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text).replace("\\$", "$").replace("{,}", ",").replace("$-", "-$")
+    if "\\boxed" in text:
+        text, which = boxed(text.rpartition("\\boxed")[2].lstrip()), 0
+    text = re.sub(r"(?<=[0-9])\\([dt]?frac)", r" \\\1", text)                                # 3\frac{1}{2} -> 3 1/2
+    text = re.sub(r"\\[dt]?frac\{([0-9.]+)\}\{([0-9.]+)\}", r"\1/\2", text)
+    for latex, plain in (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\!", ""), ("\\text", ""), ("$-", "-$")):
+        text = text.replace(latex, plain)
     found = NUMBER.findall(text)
-    if not found:
+    if not found or which == 0 and ("\\" in text or "^" in text):
         return None
-    sign, top, bottom = found[which]
+    sign, whole, top, bottom = found[which]
     try:
-        value = Fraction(top.replace(",", "")) / Fraction(bottom or 1)
+        value = Fraction(whole or 0) + Fraction(top.replace(",", "")) / Fraction(bottom or 1)
     except (ZeroDivisionError, ValueError):                          # ValueError: thousands of digits
         return None
     return -value if sign == "-" else value
@@ -652,7 +685,7 @@ def batches(rows, size, seed, start=0):
     order, epoch = [], 0
     while True:
         while len(order) < size:
-            order += torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            order += torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)).tolist()
             epoch += 1
         batch, order = order[:size], order[size:]
         if start > 0:
@@ -673,7 +706,7 @@ def micro_batches(mask, rows, budget, device):
 
     budget 0 is 1024 on a CPU, where short pieces save more pads than they cost calls (a seventh of an SFT step), and 16384 elsewhere.
     mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions of the mask in tokens[j, :t], which
-    is what token_logp's `rows` wants. All is known before the GPU starts, so nothing waits for it.
+    is token_logp's `at`. All is known before the GPU starts, so nothing waits for it.
     """
     budget = budget or (1024 if device.type == "cpu" else 16384)
     width = ((mask > 0) * torch.arange(1, mask.size(1) + 1)).amax(1).clamp(min=1)[rows]      # columns a row needs
@@ -692,7 +725,8 @@ def micro_batches(mask, rows, budget, device):
 @torch.no_grad()
 def frozen_logp(model, tokens, mask, temperature, budget):
     """token_logp of a whole rollout without gradient, in micro-batches. mask (B, T) on the CPU -> logp, entropy (B, T)."""
-    logp, entropy = torch.zeros((2, *tokens.shape), device=tokens.device)
+    dtype = torch.promote_types(model.unembedding.dtype, torch.float32)
+    logp, entropy = torch.zeros((2, *tokens.shape), dtype=dtype, device=tokens.device)
     for j, t, at in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
         logp[j, :t], entropy[j, :t] = model.token_logp(tokens[j, :t], None, temperature, at)
     return logp, entropy
@@ -723,7 +757,12 @@ class Optimizers:
 
     def load_state_dict(self, state):
         """The moments alone: rates and decay are those of this run's settings."""
+        if len(state) != len(self.parts):
+            raise InputError("the checkpoint was left by another choice of optimisers (--muon_lr)")
         for part, moments in zip(self.parts, state):
+            for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
+                if any(x.dim() and x.shape != p.shape for x in moments.get(i, {}).values() if isinstance(x, torch.Tensor)):
+                    raise InputError("the checkpoint was left by another choice of optimisers (--muon_lr)")
             part.load_state_dict(part.state_dict() | {"state": moments})
 
 
@@ -772,33 +811,36 @@ class Mean:
 
 
 def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0):
-    """Accuracy of a policy on rows with "ids" (the encoded prompt), by `score`; an answer that did not end is wrong.
+    """How a policy does on rows with "ids" (the encoded prompt): one greedy answer each, and `samples` at temperature 1.
 
-    Returns a dict, greedy: accuracy at temperature 0; acc: at temperature 1, over `samples` answers a prompt; pass@k, k = samples: any of
-    them right; end: share that ended; length: their mean tokens, end token included; and the list of greedy texts. The noise has a seed
-    of its own: evaluating changes nothing in a training run and is the same before and after.
+    Returns a dict and the list of greedy texts. greedy: accuracy by `score`, an answer that did not end being wrong; acc: the same at
+    temperature 1; pass@k, k = samples: any of them right; end: share that ended at temperature 1; length: their mean tokens, end token
+    included. Rows that do not say what is right have no accuracies. The noise has a seed of its own: evaluating changes nothing in a
+    training run, and is the same before and after.
     """
     if not rows:
         return {}, []
     generator = torch.Generator(model.device).manual_seed(seed)
     size = max(1, 2 ** 17 // (samples * (max(len(row["ids"]) for row in rows) + max_new)))   # 131,072 tokens in the cache at a time
     greedy, right, ended, length, shown = [], [], [], [], []
+    known = all("two_digits" in row or "answer" in row for row in rows)
+    judge = lambda row, text: known and text is not None and score(row, text) > 0
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]
         prompts = [row["ids"] for row in chunk]
         tokens, mask, _ = model.generate(prompts, 1, max_new, temperature=0.0)
         texts = answers(tokenizer, tokens, mask, model.cfg.stop)
-        greedy += [text is not None and score(row, text) > 0 for row, text in zip(chunk, texts)]
+        greedy += [judge(row, text) for row, text in zip(chunk, texts)]
         shown += texts
         tokens, mask, _ = model.generate(prompts, samples, max_new, temperature=1.0, generator=generator)
         texts = answers(tokenizer, tokens, mask, model.cfg.stop)
-        right += [text is not None and score(chunk[j // samples], text) > 0 for j, text in enumerate(texts)]
+        right += [judge(chunk[j // samples], text) for j, text in enumerate(texts)]
         ended += [text is not None for text in texts]
         length += mask.sum(1).tolist()
     right = torch.tensor(right, dtype=torch.float32).view(-1, samples)
     mean = lambda x: sum(x) / len(x)
-    found = {"greedy": mean(greedy), "acc": right.mean().item(), f"pass@{samples}": right.amax(1).mean().item()}
-    return found | {"end": mean(ended), "length": mean(length)}, shown
+    accuracies = {"greedy": mean(greedy), "acc": right.mean().item(), f"pass@{samples}": right.amax(1).mean().item()}
+    return (accuracies if known else {}) | {"end": mean(ended), "length": mean(length)}, shown
 
 
 def distinct(tokens, mask, n=2):
@@ -816,14 +858,10 @@ def distinct(tokens, mask, n=2):
 def parse_config(Config, argv=None):
     """`--field value` for every field of a dataclass; the comment beside the field is its --help. A bool may stand alone: --resume.
     With --resume the settings of the run in --out are the defaults."""
-    source = inspect.getsource(Config)
-    comment = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", source, re.M))
-    boolean = {"true": True, "false": False}
+    comment = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(Config), re.M))
 
-    def cast_bool(text):
-        if text.lower() not in boolean:
-            raise ValueError
-        return boolean[text.lower()]
+    def true_or_false(text):
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else int("")
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
@@ -832,23 +870,31 @@ def parse_config(Config, argv=None):
     parser = Parser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
                     description=inspect.getmodule(Config).__doc__.strip().split("\n")[0])
     for f in fields(Config):
-        cast = cast_bool if f.type is bool else f.type
         alone = dict(nargs="?", const=True) if f.type is bool else {}
-        parser.add_argument(f"--{f.name}", type=cast, default=f.default, metavar=f.type.__name__,
-                            help=comment[f.name].replace("%", "%%"), **alone)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.resume:
-        path = os.path.join(cfg.out, "config.json")
-        if not os.path.exists(path):
-            raise InputError(f"{cfg.out}: nothing to resume (no config.json)")
-        with open(path) as f:
-            try:
-                saved = json.load(f)
-            except ValueError as e:
-                raise InputError(f"{path}: not JSON ({e})") from None
-        parser.set_defaults(**{k: v for k, v in saved.items() if k in comment})
+        parser.add_argument(f"--{f.name}", type=true_or_false if f.type is bool else f.type, default=f.default,
+                            metavar=f.type.__name__, help=comment[f.name].replace("%", "%%"), **alone)
+
+    def parsed():
         cfg = Config(**vars(parser.parse_args(argv)))
-    return cfg
+        cfg.out, cfg.init = (os.path.normpath(path) if path else path for path in (cfg.out, cfg.init))
+        return cfg
+
+    cfg = parsed()
+    if not cfg.resume:
+        return cfg
+    path = os.path.join(cfg.out, "config.json")
+    if not os.path.exists(path):
+        raise InputError(f"{cfg.out}: nothing to resume (no config.json)")
+    with open(path, encoding="utf-8") as f:
+        try:
+            saved = dict(json.load(f))
+        except (ValueError, TypeError) as e:
+            raise InputError(f"{path}: not a run's settings ({e})") from None
+    script = inspect.getmodule(Config).__doc__.split(":")[0].strip()
+    if saved.get("script") != script:
+        raise InputError(f"{cfg.out}: this is a run of {saved.get('script')}, not of {script}")
+    parser.set_defaults(**{name: x for name, x in saved.items() if name in comment and name not in ("out", "resume")})
+    return parsed()
 
 
 def check(cfg, **least):
@@ -860,6 +906,8 @@ def check(cfg, **least):
 
 def setup(seed):
     """Seed torch and choose the device: cuda, else mps, else cpu."""
+    if not 0 <= seed < 2 ** 32:
+        raise InputError(f"--seed {seed}: must be from 0 to 2**32 - 1")
     torch.manual_seed(seed)
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return torch.device(kind)
@@ -898,28 +946,46 @@ class Guard:
             return f"no answer of any group was right for {self.count['barren']} steps: there is nothing to learn from"
 
 
-class Run:
-    """The folder that a run leaves behind: config.json, metrics.jsonl, ckpt.pt, samples.txt, curves.png."""
+class Folder:
+    """What a run leaves behind: config.json, metrics.jsonl, ckpt.pt, samples.txt, curves.png. Nothing is written before `begin`."""
 
-    def __init__(self, cfg, tokenizer, guard=None):
-        self.out, self.steps, self.tokenizer, self.guard = cfg.out, cfg.steps, tokenizer, guard if cfg.guard else None
-        self.step, self.start, self.state, self.rows = 0, time.perf_counter(), {}, []
+    def __init__(self, cfg, tokenizer, guard):
+        self.cfg, self.out, self.tokenizer, self.guard = cfg, cfg.out, tokenizer, guard if cfg.guard else None
+        self.rows, self.clock = [], None
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def begin(self, model, optimizer):
+        """Open the folder. Returns the step to go on from and what `save` was given besides, {} for a new run.
+
+        A resumed run gets its weights, moments and random state back as they were, and metrics.jsonl loses the steps after the
+        checkpoint, which are done again. A new run finds its folder empty: an earlier one is renamed.
+        """
+        state = read_checkpoint(self.out) if self.cfg.resume else {"step": 0, "more": {}}
+        if self.cfg.resume:
+            try:
+                model.load_state_dict(state["model"])
+            except RuntimeError as e:
+                why = str(e).splitlines()[1].strip()
+                raise InputError(f"{self.out}: its checkpoint has another shape than --init or the flags ask for ({why})") from None
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            if torch.cuda.is_available() and "rng_cuda" in state:
+                torch.cuda.set_rng_state(state["rng_cuda"])
         try:
-            self.open(cfg)
+            self.open(state["step"])
         except OSError as e:
             raise InputError(f"{self.out}: cannot write here ({e.strerror})") from None
+        return state["step"], state["more"]
 
-    def open(self, cfg):
-        if cfg.resume:
-            self.state = read_checkpoint(self.out)
-            self.step = self.state["step"]
-            with open(self.path("metrics.jsonl"), "a+") as f:        # steps after the checkpoint are done again; a torn line goes
-                f.seek(0)
-                self.rows = [json.loads(line) for line in f if line.endswith("\n")]
-            self.rows = [row for row in self.rows if row["step"] <= self.step]
-            with open(self.path("metrics.tmp"), "w") as f:
-                f.writelines(json.dumps(row) + "\n" for row in self.rows)
-            os.replace(self.path("metrics.tmp"), self.path("metrics.jsonl"))
+    def open(self, step):
+        if self.cfg.resume:
+            if os.path.exists(self.path("metrics.jsonl")):
+                with open(self.path("metrics.jsonl"), encoding="utf-8") as f:
+                    self.rows = [json.loads(line) for line in f if line.endswith("\n")]     # a torn line goes
+            self.rows = [row for row in self.rows if row["step"] <= step]
+            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
             for row in self.rows if self.guard else []:
                 self.guard.check(row)
         elif os.path.exists(self.path("config.json")):               # nothing that an earlier run made is lost
@@ -927,34 +993,24 @@ class Run:
             os.rename(self.out, old)
             print(f"{self.out}: the earlier run is kept as {old}")
         os.makedirs(self.out, exist_ok=True)
-        with open(self.path("config.json"), "w") as f:
-            json.dump(asdict(cfg) | {"resume": False}, f, indent=2)
-        self.metrics = open(self.path("metrics.jsonl"), "a", buffering=1)
+        script = inspect.getmodule(type(self.cfg)).__doc__.split(":")[0].strip()
+        self.write("config.json", json.dumps({"script": script} | asdict(self.cfg) | {"resume": False}, indent=2))
+        self.metrics = open(self.path("metrics.jsonl"), "a", buffering=1, encoding="utf-8")
 
-    def path(self, name):
-        return os.path.join(self.out, name)
-
-    def resume(self, model, optimizer):
-        """Put weights, optimiser and random state back as they were. Returns the last finished step, 0 for a new run."""
-        if self.state:
-            try:
-                model.load_state_dict(self.state["model"])
-            except RuntimeError as e:
-                why = str(e).splitlines()[1].strip()
-                raise InputError(f"{self.out}: its checkpoint has another shape than --init or the flags ask for ({why})") from None
-            optimizer.load_state_dict(self.state["optimizer"])
-            torch.set_rng_state(self.state["rng"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(self.state["rng_cuda"])
-        return self.step
+    def write(self, name, text):
+        """A whole text file in one step."""
+        with open(self.path(name + ".tmp"), "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(self.path(name + ".tmp"), self.path(name))
 
     def save(self, model, optimizer, step, name="ckpt.pt", **more):
+        """All that `begin` needs to go on from here; `more` is kept as it is."""
         cuda = {"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-        save(self.out, model, self.tokenizer, name, step=step, finished=step == self.steps, optimizer=optimizer.state_dict(),
-             rng=torch.get_rng_state(), **cuda, **more)
+        save(self.out, model, self.tokenizer, name, step=step, finished=step == self.cfg.steps, optimizer=optimizer.state_dict(),
+             rng=torch.get_rng_state(), more=more, **cuda)
 
     def log(self, step, shown, **metrics):
-        """One object into metrics.jsonl and, where `shown` names metrics, one line on the screen. Returns the guard's verdict."""
+        """One object into metrics.jsonl, one line on the screen with the metrics that `shown` names. Returns the guard's verdict."""
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated() / 2 ** 30
         else:
@@ -966,23 +1022,23 @@ class Run:
         row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
         self.rows.append(row)
         self.metrics.write(json.dumps(row) + "\n")
-        if shown:
-            spent = time.perf_counter() - self.start
-            left = spent / (step - self.step) * (self.steps - step)
-            numbers = " | ".join(f"{name} {pretty(row[name])}" for name in shown.split() if name in row)
-            print(f"step {step:4}/{self.steps} | {numbers} | {memory:.1f} GB | {int(left) // 60}:{int(left) % 60:02} left", flush=True)
+        self.clock = self.clock or (step, time.perf_counter())       # time left is told from the second line on
+        left = (time.perf_counter() - self.clock[1]) / max(1, step - self.clock[0]) * (self.cfg.steps - step)
+        numbers = " | ".join(f"{name} {pretty(row[name])}" for name in shown.split() if name in row)
+        print(f"step {step:4}/{self.cfg.steps} | {numbers} | {memory:.1f} GB | {int(left) // 60}:{int(left) % 60:02} left", flush=True)
         return self.guard and self.guard.check(row)
 
     def stop(self, model, optimizer, step, why):
         """The guard spoke: the sick state goes to stopped.pt, the last good checkpoint stays, the run ends."""
         self.save(model, optimizer, step, "stopped.pt")
-        raise InputError(f"stopped by the guard at step {step}: {why}. The last good checkpoint is {self.path('ckpt.pt')}, the state "
-                         f"now is {self.path('stopped.pt')}; --guard false runs on")
+        good = f"the last good checkpoint is {self.path('ckpt.pt')}" if os.path.exists(self.path("ckpt.pt")) else "there is no checkpoint yet"
+        raise InputError(f"stopped by the guard at step {step}: {why}; {good}, the state now is {self.path('stopped.pt')}; "
+                         "--guard false runs on")
 
     def samples(self, title, rows, texts, n=3):
         """Append a few prompts with their greedy answers to samples.txt; returns them as text."""
         text = "".join(f"    {row['prompt']!r} -> {answer!r}\n" for row, answer in list(zip(rows, texts))[:n])
-        with open(self.path("samples.txt"), "a") as f:
+        with open(self.path("samples.txt"), "a", encoding="utf-8") as f:
             f.write(f"{title}\n{text}")
         return text
 
@@ -1015,14 +1071,18 @@ def pretty(x):
 
 def table(before, after):
     """The before -> after lines that end a run; what was not measured before has a blank there."""
-    return "\n".join(f"    {name:8} {before[name] if name in before else '':8.5} -> {x:.3f}" for name, x in after.items())
+    first = {name: f"{x:.3f}" for name, x in before.items()}
+    return "\n".join(f"    {name:8} {first.get(name, ''):>7} -> {x:.3f}" for name, x in after.items())
 
 
-def run(train, Config):
+def main(train, Config):
     """What `python script.py` does: parse, train, and end in one clear line if something was wrong with what was given."""
+    name = os.path.basename(sys.argv[0])
     try:
         train(parse_config(Config))
     except InputError as e:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
+        sys.exit(f"{name}: {e}")
+    except OSError as e:                                             # a full disk, a folder that went away
+        sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; what was saved before stands, --resume goes on from it")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the last checkpoint stands, the same command with --resume goes on from it")
+        sys.exit(f"\n{name}: interrupted; the last checkpoint stands, the same command with --resume goes on from it")

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (GPT, GPTConfig, Guard, InputError, Mean, Run, answer_number, batches, check, encode_chat, evaluate, frozen_logp, load,
-                   make_optimizer, make_tokenizer, micro_batches, pad_batch, prompt_ids, read_rows, run, set_lr, setup, split,
+from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_chat, evaluate, frozen_logp, load,
+                   main, make_optimizer, make_tokenizer, micro_batches, pad_batch, prompt_ids, read_rows, set_lr, setup, split,
                    stop_ids, sums, table, usable)
 
 
@@ -102,8 +102,8 @@ def demonstrate(prompt, rng):
 
 def score(row, text):
     """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number of "answer"."""
-    if "sum" in row:
-        return float(text.count("#") == 1 and text.split("#")[1] == row["sum"])
+    if "two_digits" in row:
+        return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
     number = answer_number(text)
     return float(number is not None and number == answer_number(row["answer"]))
 
@@ -121,16 +121,16 @@ def prepare(row, tokenizer):
 
 def demonstrations(cfg, tokenizer, context):
     """Rows to learn from, to validate on and to report on."""
-    if not cfg.data:
-        rng = random.Random(cfg.seed)
-        parts = sums(50_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
-        return [[prepare(row | {"response": demonstrate(row["prompt"], rng)}, tokenizer) for row in rows] for rows in parts]
-    found = []
-    for path in filter(None, (cfg.data, cfg.test)):
-        rows = usable(read_rows(path, "prompt", "response"), lambda row: row["response"].strip(), "the response is empty")
+    def ready(rows):
+        rows = usable(rows, lambda row: row["prompt"] and row["response"].strip(), "the prompt or the response is empty")
         rows = [prepare(row, tokenizer) for row in rows]
-        found.append(usable(rows, lambda row: len(row["tokens"]) <= context, f"longer than the context of {context} tokens (--context)"))
-    return split(*found)
+        return usable(rows, lambda row: len(row["tokens"]) <= context, f"longer than the context of {context} tokens (--context)")
+
+    if cfg.data:
+        return split(*[ready(read_rows(path, "prompt", "response")) for path in (cfg.data, cfg.test) if path])
+    rng = random.Random(cfg.seed)
+    parts = sums(50_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
+    return [ready([row | {"response": demonstrate(row["prompt"], rng)} for row in rows]) for rows in parts]
 
 
 # --------------------------------------------------------------------------------------------------------------------- the script
@@ -147,18 +147,16 @@ def heldout_loss(model, rows, cfg, device):
 
 
 def report(model, tokenizer, rows, cfg, device, samples=8):
-    """Held-out loss of demonstrations and, where the rows say what is right, accuracy; and the greedy answers."""
+    """Held-out loss of demonstrations, and what evaluate says of the answers; and the greedy answers."""
     if not rows:
         return {}, []
-    loss = {"loss": heldout_loss(model, rows, cfg, device)}
-    rows = [row for row in rows if ("sum" in row or "answer" in row) and len(row["ids"]) + cfg.max_new <= model.cfg.context]
     found, texts = evaluate(model, tokenizer, rows, score, cfg.max_new, samples)
-    return loss | found, texts
+    return {"loss": heldout_loss(model, rows, cfg, device)} | found, texts
 
 
 def train(cfg):
     device = setup(cfg.seed)
-    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1)
+    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1, lr=0, muon_lr=0, warmup=0, micro_tokens=0)
 
     # data and model: all that can be wrong is found here, before the first step
     if cfg.init:
@@ -173,12 +171,14 @@ def train(cfg):
         model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,
                               width=cfg.width, heads=cfg.heads)).to(device)
     rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
+    room = lambda row: len(row["ids"]) + cfg.max_new <= model.cfg.context
+    val, test = (usable(x, room, f"held out, and prompt + --max_new {cfg.max_new} exceed the context") for x in (val, test))
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"sft: {parameters:,} parameters on {device.type}, {len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
-    out = Run(cfg, tokenizer, Guard())
-    first = out.resume(model, optimizer)
-    before = out.state.get("before") or ({"loss": heldout_loss(model, test, cfg, device)} if test else {})
+    out = Folder(cfg, tokenizer, Guard())
+    first, saved = out.begin(model, optimizer)
+    before = saved.get("before") or ({"loss": heldout_loss(model, test, cfg, device)} if test else {})
     todo = batches(rows, cfg.batch, cfg.seed, start=first)
 
     for step in range(first + 1, cfg.steps + 1):
@@ -190,24 +190,24 @@ def train(cfg):
         tokens_dev, mask_dev = tokens.to(device), mask.to(device)
         optimizer.zero_grad()
         for j, t, at in micro_batches(mask, torch.arange(len(tokens)), cfg.micro_tokens, device):
-            logp, entropy = model.token_logp(tokens_dev[j, :t], None, 1.0, at)
+            logp, entropy = model.token_logp(tokens_dev[j, :t], at=at)
             loss, found = sft_loss(logp, mask_dev[j, :t], n)
             loss.backward()
-            stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
+            stats.add({"nll": found["nll"], "ent": entropy.sum() / len(at)}, len(at))
+            stats.add({"nll_answer": found["nll_answer"]}, len(j))
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup)
         gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 
         # 2. log, evaluate, save
         metrics = stats.read() | {"gnorm": float(gnorm), "lr": lr, "epoch": step * cfg.batch / len(rows)}
+        metrics["tok_s"] = int(n / (time.perf_counter() - t0))
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, texts = report(model, tokenizer, val, cfg, device, samples=1)
             metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
             out.samples(f"step {step}", val, texts)
-        metrics["tok_s"] = int(len(tokens) * tokens.size(1) / (time.perf_counter() - t0))
-        shown = "nll ent gnorm epoch tok_s val_loss val_greedy val_acc" if last or step % 20 == 0 else ""
-        why = out.log(step, shown, **metrics)
+        why = out.log(step, "nll ent gnorm epoch tok_s val_loss val_greedy val_acc", **metrics)
         if why:
             out.stop(model, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
@@ -220,4 +220,4 @@ def train(cfg):
 
 
 if __name__ == "__main__":
-    run(train, Config)
+    main(train, Config)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import grpo
+import sft
 from conftest import PROMPTS, gradients, tiny
 from grpo import group_advantage, grpo_loss, kl_k3
 from model import GPT, GPTConfig, micro_batches
@@ -134,17 +135,19 @@ def test_an_empty_row_contributes_nothing():
 
 
 def test_the_four_reductions_by_their_closed_forms():
-    """ALGORITHMS 0.5 for a per-token l = A (ratio 1, no price): sequence mean is grpo_loss; sum, constant and token mean are the same call
-    with an advantage that carries |o_i|, and another denominator. What compare.py swaps in stands on this."""
-    logp, _, _, adv, mask = batch()
+    """ALGORITHMS 0.5 for l = r A (no clip, no price), by plain loops. Sequence mean is grpo_loss, token mean is sft_loss; sum and constant
+    are grpo_loss with an advantage that carries |o_i|, and another denominator. What compare.py swaps in stands on this."""
+    logp, old, _, adv, mask = batch()
     length, B, L = mask.sum(1), len(mask), 20
-    l = [[adv[i].item()] * int(length[i]) for i in range(B)]
-    call = lambda a, n=None: -grpo_loss(logp, logp, logp, a, mask, 0.2, 0.0, n)[0].item()
-    assert math.isclose(call(adv), sum(sum(x) / len(x) for x in l) / B)                                    # sequence mean
-    assert math.isclose(call(adv * length), sum(map(sum, l)) / B)                                          # sum
-    assert math.isclose(call(adv * length, B * L), sum(map(sum, l)) / (B * L))                             # constant
-    assert math.isclose(call(adv * length, int(length.sum())), sum(map(sum, l)) / sum(map(len, l)))        # token mean
-    assert len({round(call(a, n), 9) for a, n in ((adv, None), (adv * length, None), (adv * length, B * L), (adv * length, length.sum()))}) == 4
+    l = [[math.exp(logp[i, t] - old[i, t]) * adv[i].item() for t in range(mask.size(1)) if mask[i, t]] for i in range(B)]
+    call = lambda a, n=None: -grpo_loss(logp, old, old, a, mask, 1e9, 0.0, n)[0].item()
+    expected = {"sequence mean": sum(sum(x) / len(x) for x in l) / B, "sum": sum(map(sum, l)) / B,
+                "constant": sum(map(sum, l)) / (B * L), "token mean": sum(map(sum, l)) / sum(map(len, l))}
+    got = {"sequence mean": call(adv), "sum": call(adv * length), "constant": call(adv * length, B * L),
+           "token mean": -sft.sft_loss((logp - old).exp() * adv[:, None], mask)[0].item()}
+    for name, x in expected.items():
+        assert math.isclose(got[name], x, rel_tol=1e-9), name
+    assert len({round(x, 6) for x in got.values()}) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------- with a model under it
@@ -199,13 +202,16 @@ def test_the_end_token_gets_gradient_prompt_and_pads_get_none():
     assert ended.any() and (logp.grad[torch.arange(len(tokens)), last][ended] != 0).all()
 
 
-def test_expected_gradient_by_enumerating_every_answer():
+@pytest.mark.parametrize("seed, by_length, by_std, by_both", [(5, .933, .992, .844), (7, .989, -.013, -.183)])
+def test_expected_gradient_by_enumerating_every_answer(seed, by_length, by_std, by_both):
     """A model of 3 tokens (id 0 ends) and answers of at most 3: all 1 + 2 + 4·3 = 15 answers, all pairs of them as groups of 2.
 
     Exact: with |o_i| in the advantage (sum reduction), ratio 1 and r - mean without std, the expected gradient of grpo_loss is
-    (G-1)/G = 1/2 of the gradient of J(θ) = Σ_o π(o) R(o). Biased, as ALGORITHMS 5.2 says: 1/|o_i| and std turn and scale it.
+    (G-1)/G = 1/2 of the gradient of J(θ) = Σ_o π(o) R(o). Biased, as ALGORITHMS 5.2 says: 1/|o_i| and std turn it, by the cosines above.
+    With G = 2 std leaves only the sign of the difference, so that a rare great reward counts like a frequent small one, and on the second
+    model the expected step goes downhill.
     """
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab=3, context=5, layers=1, width=8, heads=1, stop=(0,))).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -235,18 +241,15 @@ def test_expected_gradient_by_enumerating_every_answer():
     torch.testing.assert_close(expected(lambda r, n: centre(r) * n), exact / 2, rtol=0, atol=1e-12)
 
     cosine = lambda g: torch.cosine_similarity(g, exact, dim=0).item()
-    by_length = expected(lambda r, n: centre(r))
-    full = expected(lambda r, n: group_advantage(r, 2))
-    assert 0.5 < cosine(by_length) < 0.999 and 0.5 < cosine(full) < 0.999               # here: see the message
-    print(f"1/|o|: cosine {cosine(by_length):.3f}, norm {by_length.norm() / exact.norm():.2f}; with std as well: "
-          f"cosine {cosine(full):.3f}, norm {full.norm() / exact.norm():.2f}")
+    found = [cosine(expected(a)) for a in (lambda r, n: centre(r), lambda r, n: group_advantage(r, 2) * n, lambda r, n: group_advantage(r, 2))]
+    assert found == pytest.approx([by_length, by_std, by_both], abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ the reward
 
 
 def test_the_rule_of_the_built_in_task():
-    row = {"prompt": "5+8+7=", "sum": "20"}
+    row = {"prompt": "5+8+7=", "two_digits": "20"}
     for text, right in [("13,20#20", 1), ("#20", 1), ("13,20#2", 0), ("13,20#020", 0), ("13,20#20 ", 0), ("13,20#20#", 0), ("#20#20", 0),
                         ("20", 0), ("", 0), ("#", 0), ("99,99#20", 1), ("5+8+7=#20", 1), ("13,20# 20", 0)]:
         assert grpo.score(row, text) == right, text

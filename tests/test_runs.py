@@ -1,6 +1,7 @@
 """The scripts as a user runs them: they learn, resume, repeat themselves, and refuse bad input in one line.   python -m pytest tests/test_runs.py"""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -76,8 +77,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, t
     """Cut between two checkpoints: the steps after the last one are done again, and no line is lost or doubled."""
     args = (SMALL if name == "sft.py" else QUICK + ["--init", small]) + more
     assert script(name, *args, "--out", "whole", cwd=tmp_path).returncode == 0
-    cut = "import sys, model; log = model.Run.log; model.Run.log = lambda self, step, *a, **k: step == 4 + 3 * (self.steps > 6) and sys.exit(9) or log(self, step, *a, **k)"
-    code = f"{cut}; import {name[:-3]} as s; sys.argv[0] = '{name}'; model.run(s.train, s.Config)"
+    cut = "import sys, model; log = model.Folder.log; model.Folder.log = lambda self, step, *a, **k: step == 4 + 3 * (self.cfg.steps > 6) and sys.exit(9) or log(self, step, *a, **k)"
+    code = f"{cut}; import {name[:-3]} as s; sys.argv[0] = '{name}'; model.main(s.train, s.Config)"
     env = os.environ | {"PYTHONPATH": ROOT}
     killed = subprocess.run([sys.executable, "-c", code, *map(str, args), "--out", "cut"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
@@ -89,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, t
 
 def test_an_earlier_run_is_kept_and_a_bool_can_stand_alone(small, tmp_path):
     for _ in range(2):
-        done = script("grpo.py", *QUICK, "--init", small, "--guard", "false", cwd=tmp_path)
+        done = script("grpo.py", *QUICK, "--init", small, "--guard", "--out", "out/grpo/", cwd=tmp_path)
         assert done.returncode == 0
     assert "the earlier run is kept as out/grpo.1" in done.stdout
     assert metrics(tmp_path / "out/grpo") == metrics(tmp_path / "out/grpo.1")
@@ -99,8 +100,12 @@ def test_an_earlier_run_is_kept_and_a_bool_can_stand_alone(small, tmp_path):
 def test_help_explains_every_flag(name, tmp_path):
     done = script(name, "--help", cwd=tmp_path)
     assert done.returncode == 0 and os.listdir(tmp_path) == []
-    for flag in ("--seed", "--init", "--out", "--data", "--resume", "--lr"):
-        assert flag in done.stdout
+    text = " ".join(done.stdout.split())
+    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+        flags = dict(re.findall(r"^    (\w+): \w+ = .*?#\s*(.+)$", f.read(), re.M))
+    assert {"seed", "init", "out", "data", "resume"} <= set(flags)
+    for flag, comment in flags.items():
+        assert f"--{flag} " in text and "".join(comment.split()) in "".join(text.split())
 
 
 def test_the_reference_moves_by_its_one_rule(home, tmp_path):
@@ -123,7 +128,7 @@ def test_own_data_end_to_end(tmp_path):
     before, after = final(done.stdout, "loss")
     assert after < before and "pass@8" in done.stdout
     done = script("grpo.py", *QUICK, "--data", "rows.jsonl", "--test", "test.jsonl", "--max_new", 30, cwd=tmp_path)
-    assert done.returncode == 0 and "7 to report" in done.stdout, done.stderr
+    assert done.returncode == 0 and "7 to report" in done.stdout and "its prompt is in --test" in done.stdout, done.stderr
     chat = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(200)]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chat))
     assert script("sft.py", *SMALL, "--data", "chat.jsonl", "--out", "chat", cwd=tmp_path).returncode == 0
@@ -143,10 +148,18 @@ BAD = [
     ("sft.py", ["--data", "rows.jsonl", "--context", "8"], json.dumps({"prompt": "a" * 9, "response": "b"}) + "\n", "longer than the context of 8 tokens"),
     ("sft.py", ["--data", "rows.jsonl"], GOOD.replace('"4"', '" "', 1), "the response is empty"),
     ("sft.py", ["--data", "rows.jsonl"], GOOD.replace("2+2=", "2"), "no row is left to train on"),
+    ("sft.py", ["--data", "rows.jsonl"], '{"question": null, "answer": "4"}\n', 'rows.jsonl:1: field "prompt" is missing'),
+    ("sft.py", ["--data", "rows.jsonl"], '{"question": "a"}\n', 'rows.jsonl:1: field "response" is missing'),
+    ("sft.py", ["--data", "rows.jsonl"], '{"prompt": "a", "messages": null}\n', 'rows.jsonl:1: field "messages" must be a list'),
+    ("sft.py", ["--data", "rows.jsonl"], '{"prompt": "", "response": "a"}\n', "the prompt or the response is empty"),
+    ("sft.py", ["--data", "rows.jsonl"], "[" * 100_000 + "\n", "rows.jsonl:1: not a JSON line"),
+    ("sft.py", ["--context", "8"], None, "longer than the context of 8 tokens"),
+    ("sft.py", ["--lr", "-1"], None, "--lr -1.0: must be at least 0"),
+    ("sft.py", ["--seed", "-1"], None, "--seed -1: must be from 0"),
     ("sft.py", ["--widht", "64"], None, "unrecognized arguments: --widht 64"),
     ("sft.py", ["--steps", "many"], None, "argument --steps: invalid int value: 'many'"),
     ("sft.py", ["--steps", "0"], None, "--steps 0: must be at least 1"),
-    ("sft.py", ["--guard", "perhaps"], None, "argument --guard"),
+    ("sft.py", ["--guard", "perhaps"], None, "argument --guard: invalid true_or_false value: 'perhaps'"),
     ("sft.py", ["--width", "50"], None, "--width 50 --heads 3"),
     ("sft.py", ["--tokenizer", "gpt5"], None, "tokenizer 'gpt5' is unknown: use bytes or one of"),
     ("sft.py", ["--init", "nowhere"], None, "nowhere: no checkpoint here"),
@@ -182,6 +195,20 @@ def test_a_checkpoint_cut_short_or_of_another_program_is_refused(small, tmp_path
         (tmp_path / str(i) / "ckpt.pt").write_bytes(content)
         done = script("grpo.py", "--init", str(i), cwd=tmp_path)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"{i}/ckpt.pt: not a nanoPO checkpoint" in done.stderr
+
+
+def test_a_resume_that_is_refused_destroys_nothing(tmp_path):
+    """Another shape, other optimisers, another script's folder: one line each, and the plain --resume still works."""
+    assert script("sft.py", *SMALL, "--out", "out", cwd=tmp_path).returncode == 0
+    files = {f: (tmp_path / "out" / f).read_bytes() for f in ("config.json", "metrics.jsonl", "ckpt.pt")}
+    for name, more, says in (("sft.py", ["--width", "32"], "another shape"), ("sft.py", ["--muon_lr", "0"], "another choice of optimisers"),
+                             ("grpo.py", [], "this is a run of SFT, not of GRPO")):
+        done = script(name, "--out", "out", "--resume", *more, cwd=tmp_path)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
+        assert files == {f: (tmp_path / "out" / f).read_bytes() for f in files}
+    os.rename(tmp_path / "out", tmp_path / "moved")
+    done = script("sft.py", "--out", "moved", "--resume", "--steps", "14", cwd=tmp_path)
+    assert done.returncode == 0 and metrics(tmp_path / "moved")[-1]["step"] == 14 and not (tmp_path / "out").exists()
 
 
 def test_no_space_to_write_ends_in_one_line_and_keeps_the_last_checkpoint(small, tmp_path):

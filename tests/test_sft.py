@@ -32,7 +32,7 @@ def test_accumulation_changes_no_gradient():
     for budget in (10 ** 6, 1, 30):
         model = tiny()
         for j, t, at in micro_batches(mask, torch.arange(8), budget, DEVICE):
-            logp, _ = model.token_logp(tokens[j, :t], rows=at)
+            logp, _ = model.token_logp(tokens[j, :t], at=at)
             sft.sft_loss(logp, mask[j, :t], n)[0].backward()
         found.append(gradients(model))
     for other in found[1:]:
@@ -93,7 +93,7 @@ def test_held_out_prompts_are_fixed_distinct_and_never_trained_on():
     assert len(prompts[0]) == 1000 and len(prompts[1]) == 500
     assert not prompts[0] & prompts[1] and not prompts[0] & prompts[2] and not prompts[1] & prompts[2]
     assert test[:3] == sums(1000, "test")[:3] and [row["prompt"] for row in test[:2]] == FIRST_TEST_PROMPTS
-    assert all(int(row["sum"]) == sum(map(int, row["prompt"][:-1].split("+"))) for row in test)
+    assert all(int(row["two_digits"]) == sum(map(int, row["prompt"][:-1].split("+"))) for row in test)
     assert part("1+2+3=") == "val" and 0.08 < sum(part(str(i)) != "train" for i in range(5000)) / 5000 < 0.12
 
 
@@ -105,7 +105,7 @@ def test_long_examples_are_dropped_and_counted_never_cut(tmp_path, capsys):
     rows = [{"prompt": f"question {i}", "response": "x" * (10 if i % 4 else 60)} for i in range(200)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     split = sft.demonstrations(sft.Config(data=str(path)), make_tokenizer(), 48)
-    assert "dropped 50 of 200 rows: longer than the context of 48 tokens (--context) (first at line 1)" in capsys.readouterr().out
+    assert f"dropped 50 of 200 rows: longer than the context of 48 tokens (--context); the first is {path}:1" in capsys.readouterr().out
     assert sum(map(len, split)) == 150 and all(row["tokens"][-1] == 256 for rows in split for row in rows)
     with pytest.raises(InputError, match="no row is left"):
         sft.demonstrations(sft.Config(data=str(path)), make_tokenizer(), 12)

@@ -3,23 +3,23 @@ GRPO: Group Relative Policy Optimization (Shao et al. 2024, DeepSeekMath, arXiv 
 
 PPO without the critic: sample G answers to one prompt and let their mean reward be the baseline.
 
-    maximise  J(θ) = E  1/G Σ_i 1/|o_i| Σ_t { min(r_it Â_i, clip(r_it, 1-ε, 1+ε) Â_i) - β D_it }                     (Eq. 3)
+    maximise  J(θ) = E  1/G Σ_i 1/|o_i| Σ_t { min(r_it Â_i, clip(r_it, 1-ε, 1+ε) Â_i) - β D_it }             (Eq. 3)
 
               r_it = π_θ(o_it | q, o_i,<t) / π_old(o_it | q, o_i,<t)
-              Â_i  = (R_i - mean(R_1 .. R_G)) / std(R_1 .. R_G),  the same for every token of o_i                     (§4.1.2)
-              D_it = π_ref/π_θ - log(π_ref/π_θ) - 1,  whose mean over samples of π_θ is KL(π_θ ‖ π_ref)               (Eq. 4)
+              Â_i  = (R_i - mean(R_1 .. R_G)) / std(R_1 .. R_G),  the same for every token of o_i             (§4.1.2)
+              D_it = π_ref/π_θ - log(π_ref/π_θ) - 1,  whose mean over samples of π_θ is KL(π_θ ‖ π_ref)       (Eq. 4)
 
-    paper   θ        q        o_i                 π_old      π_ref      r_it    Â_i   R_i      ε          β         G
-    here    policy   prompt   tokens[mask == 1]   old_logp   ref_logp   ratio   adv   reward   clip_eps   kl_beta   group
+    paper   θ       q       o_i                π_old     π_ref     r_it   Â_i  R_i     ε         β        G
+    here    policy  prompt  tokens[mask == 1]  old_logp  ref_logp  ratio  adv  reward  clip_eps  kl_beta  group
 
-What the paper leaves open, and what is done here: std divides by G - 1 and has 1e-4 added, and a group of equal rewards has advantage
-exactly 0. The reward is a rule, and there is no outer loop that retrains a reward model. The price D sits inside the loss as in the
-paper; there its value is that of KL(π_θ ‖ π_ref), but its gradient is that of KL(π_ref ‖ π_θ) (tests/test_grpo.py shows both). 1/|o_i|
-and std make the gradient a biased one of the mean reward; the tests say by how much. Temperature divides the logits everywhere, so π
-is the distribution that was sampled from.
+What the paper leaves open, and what is done here: std divides by G - 1 and has 1e-4 added, and a group of equal rewards
+has advantage exactly 0. The reward is a rule, and there is no outer loop that retrains a reward model. The price D sits
+inside the loss as in the paper; there its value is that of KL(π_θ ‖ π_ref), but its gradient is that of KL(π_ref ‖ π_θ)
+(tests/test_grpo.py shows both). 1/|o_i| and std make the gradient a biased one of the mean reward; the tests say by how
+much. Temperature divides the logits everywhere, so π is the distribution that was sampled from.
 
-Run:     python grpo.py                               about a minute on two CPU cores; trains out/sft first if it is missing -> out/grpo
-Yours:   python grpo.py --init out/sft_mine --data rows.jsonl --max_new 300       {"prompt", "answer"}, or GSM8K's file as it is
+Run:     python grpo.py                under a minute on two CPU cores, and a minute for out/sft if it is missing -> out/grpo
+Yours:   python grpo.py --init out/mine --data rows.jsonl --max_new 300     {"prompt", "answer"}, or GSM8K's own file
 Ablate:  --kl_beta 0     --group 2     --epochs 4     --temperature 0.7
 """
 import copy
@@ -28,15 +28,16 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate, frozen_logp, load, main, make_first,
-                   make_optimizer, micro_batches, prompt_ids, read_rows, set_lr, setup, split, sums, table, usable)
+from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate,
+                   frozen_logp, load, main, make_first, make_optimizer, micro_batches, prompt_ids, read_rows, set_lr,
+                   setup, split, sums, table, usable)
 
 
 @dataclass
 class Config:
     # data
     data: str = ""                # JSON lines to learn from; "" is the built-in task
-    test: str = ""                # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
+    test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
     init: str = "out/sft"         # checkpoint folder of the policy to start from, and of the reference
     out: str = "out/grpo"         # folder for the checkpoint, metrics, samples and curves
     seed: int = 0                 # of the order of the data and the sampling
@@ -50,13 +51,13 @@ class Config:
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     kl_beta: float = 0.02         # β, price of leaving the reference; 0 leaves the policy free
-    ref_every: int = 0            # rollouts between refreshes of the reference, ref <- a policy + (1 - a) ref; 0: it stays
+    ref_every: int = 0         # rollouts between refreshes of the reference, ref <- a policy + (1 - a) ref; 0: it stays
     ref_mix: float = 0.6          # a, the policy's share in a refresh
     # optimisation
     steps: int = 80               # rollouts
     epochs: int = 1               # passes over each rollout
     minibatch: int = 128          # answers in an optimiser step; divides prompts * group
-    micro_tokens: int = 0         # tokens, pads included, in one forward and backward: bounds the memory, changes no gradient; 0: by device
+    micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     lr: float = 1.5e-4            # peak rate of AdamW; for a real pretrained model 1e-6
     warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
@@ -66,28 +67,32 @@ class Config:
     guard: bool = True            # stop a run that has gone wrong, and say why
 
 
-# ----------------------------------------------------------------------------------------------------------------- the algorithm
+# -------------------------------------------------------------------------------------------------------- the algorithm
 
 
 def group_advantage(reward, group):
-    """Â of §4.1.2. reward (B,), the `group` answers of one prompt adjacent -> adv (B,); a group of equal rewards gets exactly 0."""
+    """Â of §4.1.2. reward (B,), the `group` answers of one prompt adjacent -> adv (B,); a group of equal rewards gets
+    exactly 0."""
     r = reward.view(-1, group)
     adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
-    return torch.where(r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0.0, adv).flatten()   # the mean of .3, .3, .3 may miss .3
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)       # asked exactly: the mean of .3, .3, .3 may miss .3
+    return torch.where(equal, 0.0, adv).flatten()
 
 
 def kl_k3(logp, ref_logp):
-    """D of Eq. 4, per token and never negative; its mean over samples of π is KL(π ‖ π_ref). expm1 keeps digits when the two are close."""
+    """D of Eq. 4, per token and never negative; its mean over samples of π is KL(π ‖ π_ref). expm1 keeps digits when
+    the two are close."""
     return torch.expm1(ref_logp - logp) - (ref_logp - logp)
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
-    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on answer tokens; adv (B,); n: answers in the whole optimiser batch,
-    None if this is all of it. Returns the loss and statistics, means over the tokens under the mask."""
-    logp, old_logp, ref_logp = (torch.where(mask > 0, x, 0.0) for x in (logp, old_logp, ref_logp))   # nothing else reaches exp
+    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on answer tokens; adv (B,); n: answers in the whole
+    optimiser batch, None if this is all of it. Returns the loss and statistics, means over the tokens under the
+    mask."""
+    logp, old_logp, ref_logp = (torch.where(mask > 0, x, 0.0) for x in (logp, old_logp, ref_logp))  # or exp is inf
     length = mask.sum(1)                                                  # (B,)    |o_i|
     n = (length > 0).sum().clamp(min=1) if n is None else n
-    ratio = (logp - old_logp).exp()                                       # (B, T)  r_it, 1 until the first optimiser step
+    ratio = (logp - old_logp).exp()                                     # (B, T)  r_it, 1 until the first optimiser step
     adv = adv[:, None]                                                    # (B, 1)  Â_i
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     price = kl_k3(logp, ref_logp)                                         # (B, T)  D_it
@@ -95,15 +100,18 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     loss = -(per_token.sum(1) / length.clamp(min=1)).sum() / n            # 1/G Σ_i 1/|o_i| Σ_t
     with torch.no_grad():
         mean = lambda x: (x * mask).sum() / length.sum().clamp(min=1)
-        stats = {"kl": mean(price), "clip_low": mean((ratio < 1 - clip_eps) & (adv < 0)), "clip_high": mean((ratio > 1 + clip_eps) & (adv > 0))}
+        stats = {"kl": mean(price),
+                 "clip_low": mean((ratio < 1 - clip_eps) & (adv < 0)),    # tokens whose gradient the clip has cut
+                 "clip_high": mean((ratio > 1 + clip_eps) & (adv > 0))}
     return loss, stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the task
+# ------------------------------------------------------------------------------------------------------------- the task
 
 
 def score(row, text):
-    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number of "answer"."""
+    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number
+    of "answer"."""
     if "two_digits" in row:
         return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
     number = answer_number(text)
@@ -114,8 +122,8 @@ def prompts(cfg, tokenizer, context):
     """Rows to learn from, to validate on and to report on, each with its prompt's "ids"."""
     def ready(rows):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
-        rows = usable(rows, lambda row: "two_digits" in row or answer_number(row["answer"]) is not None, 'no number in "answer"')
-        rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
+        known = lambda row: "two_digits" in row or answer_number(row["answer"]) is not None
+        rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in usable(rows, known, 'no number in "answer"')]
         fits = lambda row: len(row["ids"]) + cfg.max_new <= context
         return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens")
 
@@ -124,7 +132,7 @@ def prompts(cfg, tokenizer, context):
     return [ready(rows) for rows in (sums(20_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test"))]
 
 
-# --------------------------------------------------------------------------------------------------------------------- the script
+# ----------------------------------------------------------------------------------------------------------- the script
 
 
 def validate(policy, tokenizer, rows, cfg):
@@ -136,11 +144,12 @@ def validate(policy, tokenizer, rows, cfg):
 def train(cfg):
     device = setup(cfg.seed)
     B = cfg.prompts * cfg.group
-    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1, lr=0, warmup=0, micro_tokens=0, ref_every=0)
+    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1)
+    check(cfg, lr=0, warmup=0, micro_tokens=0, ref_every=0, ref_mix=0, clip_eps=0, kl_beta=0)
     if cfg.temperature <= 0:
         raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers of a group are the same")
     if B % cfg.minibatch:
-        raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of a rollout, --prompts x --group")
+        raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of --prompts x --group")
 
     # models and data: all that can be wrong is found here, before the first step
     if not cfg.data:
@@ -159,21 +168,23 @@ def train(cfg):
     if first == 0:
         out.log(0, "val_greedy val_acc val_length", **validate(policy, tokenizer, val, cfg))
     todo = batches(rows, cfg.prompts, cfg.seed, start=first)
-    once = cfg.epochs == 1 and cfg.minibatch == B                         # one update a rollout: old log-probs are the current ones
+    once = cfg.epochs == 1 and cfg.minibatch == B             # one update a rollout: old log-probs are the current ones
 
     for step in range(first + 1, cfg.steps + 1):
         # 1. rollout: G answers to every prompt
         t0 = time.perf_counter()
         batch = next(todo)
-        tokens, mask, sampled_logp = policy.generate([row["ids"] for row in batch], cfg.group, cfg.max_new, cfg.temperature)   # (B, T)
-        host_mask = mask.cpu()                                            # what is chosen by it is found without waiting for the GPU
+        asked = [row["ids"] for row in batch]
+        tokens, mask, sampled_logp = policy.generate(asked, cfg.group, cfg.max_new, cfg.temperature)      # (B, T) each
+        host_mask = mask.cpu()                               # what is chosen by it is found without waiting for the GPU
         ref_logp, _ = frozen_logp(reference, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
         if not once:
             old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
 
         # 2. reward: the rule reads the answer alone, and only one that ended
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
-        reward = torch.tensor([cfg.no_end_reward if text is None else score(batch[i // cfg.group], text) for i, text in enumerate(texts)])
+        reward = torch.tensor([cfg.no_end_reward if text is None else score(batch[i // cfg.group], text)
+                               for i, text in enumerate(texts)])          # (B,)
         right = (reward > 0).view(-1, cfg.group)
 
         # 3. advantage: no critic, the group is the baseline
@@ -189,9 +200,10 @@ def train(cfg):
                 for j, t, at in micro_batches(host_mask, i, cfg.micro_tokens, device):
                     logp, entropy = policy.token_logp(tokens[j, :t], None, cfg.temperature, at)
                     old = logp.detach() if once else old_logp[j, :t]
-                    loss, found = grpo_loss(logp, old, ref_logp[j, :t], adv[j], mask[j, :t], cfg.clip_eps, cfg.kl_beta, len(i))
+                    loss, found = grpo_loss(logp, old, ref_logp[j, :t], adv[j], mask[j, :t],
+                                            cfg.clip_eps, cfg.kl_beta, len(i))
                     loss.backward()
-                    gap = (old - sampled_logp[j, :t]).abs().sum()         # the sampler and the scorer are one model: about 0
+                    gap = (old - sampled_logp[j, :t]).abs().sum()    # the sampler and the scorer are one model: about 0
                     stats.add(found | {"ent": entropy.sum() / len(at), "gap": gap / len(at)}, len(at))
                 gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()
@@ -213,7 +225,8 @@ def train(cfg):
         if last or step % cfg.eval_every == 0:
             metrics |= validate(policy, tokenizer, val, cfg)
         metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
-        why = out.log(step, "reward dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc", **metrics)
+        shown = "reward dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc"
+        why = out.log(step, shown, **metrics)
         if why:
             out.stop(policy, optimizer, step, why)
         if last or step % cfg.eval_every == 0:

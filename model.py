@@ -7,15 +7,17 @@ model.py: one transformer, and all that the scripts share.
     ScalarModel              the same trunk with one number per position: reward model and critic
     load, save               checkpoints; a checkpoint is a folder
 
-One index convention holds everywhere. `tokens` (B, T) holds prompt and answer together, right-padded, always: causal attention never
-looks to its right, so there is no attention mask, no left padding and no position arithmetic. `mask[b, t]` is 1 where token t was chosen
-by the policy, the end token included, and 0 on prompt and pads. `logp[b, t]` is the log-probability of `tokens[b, t]` given
-`tokens[b, :t]`, so `logp[:, 0] = 0`; `value[b, t]` is the value of `tokens[b, :t]`, before token t is chosen. The one shift that this
-needs happens here, and nothing downstream slices.
+One index convention holds everywhere. `tokens` (B, T) holds prompt and answer together, right-padded, always: causal
+attention never looks to its right, so there is no attention mask, no left padding and no position arithmetic. `mask[b,
+t]` is 1 where token t was chosen by the policy, the end token included, and 0 on prompt and pads. `logp[b, t]` is the
+log-probability of `tokens[b, t]` given `tokens[b, :t]`, so `logp[:, 0] = 0`; `value[b, t]` is the value of `tokens[b,
+:t]`, before token t is chosen. The one shift that this needs happens here, and nothing downstream slices.
 
-Letters: B sequences, T tokens, C width, H query heads, K key/value heads, D head size, V vocabulary, P longest prompt, G answers a prompt.
+Letters: B sequences, T tokens, C width, H query heads, K key/value heads, D head size, V vocabulary, P longest prompt,
+G answers a prompt.
 
-Sources: nanoGPT (github.com/karpathy/nanoGPT) for the shape of such a file; RoPE arXiv 2104.09864, grouped queries arXiv 2305.13245.
+Sources: nanoGPT (github.com/karpathy/nanoGPT) for the shape of such a file; RoPE arXiv 2104.09864, grouped queries
+arXiv 2305.13245.
 """
 import argparse, functools, hashlib, inspect, json, math, os, random, re, subprocess, sys, time
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------------------------------- config
+# --------------------------------------------------------------------------------------------------------------- config
 
 
 class InputError(Exception):
@@ -63,7 +65,7 @@ class GPTConfig:
         self.mlp_width = self.mlp_width or (4 * self.width if self.mlp == "gelu" else 8 * self.width // 3)
 
 
-# ------------------------------------------------------------------------------------------------------------------- small layers
+# --------------------------------------------------------------------------------------------------------- small layers
 
 
 def make_norm(cfg, width):
@@ -72,18 +74,20 @@ def make_norm(cfg, width):
 
 @functools.cache
 def rope_table(context, dim, base, scaling, device):
-    """cos and sin of position x frequency, (context, D / 2). Not a buffer: a model cast to bf16 must keep its angles in float32."""
+    """cos and sin of position x frequency, (context, D / 2). Not a buffer: a model cast to bf16 must keep its angles in
+    float32."""
     freq = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)                     # (D/2,)
-    if scaling:                                                   # Llama 3: slow the frequencies that the first training never saw turn
+    if scaling:                                   # Llama 3: slow the frequencies that the first training never saw turn
         factor, low, high, original = scaling
-        keep = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)          # 1: as it was, 0: slowed by the factor
+        keep = ((original * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)      # 1: as it was, 0: slowed
         freq = freq * (keep + (1 - keep) / factor)
     angle = torch.arange(context, dtype=torch.float64)[:, None] * freq                       # (context, D/2)
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[i], x[i + D/2]) by the angle of their position. x (B, T, heads, D); cos, sin (T, 1, D/2) or (B, T, 1, D/2)."""
+    """Turn the pairs (x[i], x[i + D/2]) by the angle of their position. x (B, T, heads, D); cos, sin (T, 1, D/2) or (B,
+    T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -92,7 +96,7 @@ class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.gated = cfg.mlp == "swiglu"
-        self.up = nn.Linear(cfg.width, cfg.mlp_width * (1 + self.gated), bias=cfg.bias)      # gate and up are one matrix
+        self.up = nn.Linear(cfg.width, cfg.mlp_width * (1 + self.gated), bias=cfg.bias)     # gate and up are one matrix
         self.down = nn.Linear(cfg.mlp_width, cfg.width, bias=cfg.bias)
 
     def forward(self, x):
@@ -103,15 +107,15 @@ class MLP(nn.Module):
         return self.down(F.gelu(h, approximate="tanh"))
 
 
-# ------------------------------------------------------------------------------------------------------------ attention with cache
+# ------------------------------------------------------------------------------------------------- attention with cache
 
 
 class KVCache:
     """Keys and values of a batch, one preallocated pair (B, K, columns, D) a layer.
 
-    Prompts are right-padded into columns 0 .. P-1, and the n-th answer token of every row goes to column P + n, whatever its prompt's
-    length: a plain slice. Attention does not care where a key is stored; the row's own position is inside the key (RoPE, learned), and
-    the unused columns of a short prompt are masked.
+    Prompts are right-padded into columns 0 .. P-1, and the n-th answer token of every row goes to column P + n,
+    whatever its prompt's length: a plain slice. Attention does not care where a key is stored; the row's own position
+    is inside the key (RoPE, learned), and the unused columns of a short prompt are masked.
     """
 
     def __init__(self, layers):
@@ -119,20 +123,21 @@ class KVCache:
 
     def attend(self, layer, q, k, v):
         """Store k, v (B, K, T, D) and let q (B, H, T, D) look at all that it may see -> (B, H, T, D)."""
-        if self.used == 0:                                                                   # prefill: nothing before, plain causal
+        if self.used == 0:                                                       # prefill: nothing before, plain causal
             self.layers[layer] = k, v
             return causal_attention(q, k, v)
         keys, values = self.layers[layer]
         end = self.used + 1
         keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
         B, H, _, D = q.shape
-        q = q.view(B, keys.size(1), -1, D)                                                   # the H/K heads that share a key are its rows
+        q = q.view(B, keys.size(1), -1, D)                                 # the H/K heads that share a key are its rows
         bias = None if self.bias is None else self.bias[..., :end]                           # (B, 1, 1, end)
         y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=bias)
         return y.view(B, H, 1, D)
 
     def prefilled(self, length, group, max_new):
-        """After the prefill: every row G times, room for the answers, pads of prompts shorter than P masked. length (B,)."""
+        """After the prefill: every row G times, room for the answers, pads of prompts shorter than P masked. length
+        (B,)."""
         k = self.layers[0][0]
         self.used = P = k.size(2)
         if length.min() < P:
@@ -163,11 +168,11 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache):
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.split, dim=2)         # (B, T, H, D), (B, T, K, D) twice
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.split, dim=2)  # (B, T, H, D), (B, T, K, D) twice
         q, k = self.q_norm(q), self.k_norm(k)
         if rope:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                    # (B, H, T, D), (B, K, T, D) twice
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)             # (B, H, T, D), (B, K, T, D) twice
         y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))                                 # (B, T, C)
 
@@ -183,33 +188,34 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------- fused log-prob
+# ------------------------------------------------------------------------------------------------------- fused log-prob
 
 
 def row_logits(hidden, weight, temperature):
-    """Tempered logits of some rows, float32 or wider. hidden (n, C), weight (V, C) -> (n, V). The sampler and the scorer share this."""
+    """Tempered logits of some rows, float32 or wider. hidden (n, C), weight (V, C) -> (n, V). The sampler and the
+    scorer share this."""
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits.div_(temperature)
 
 
 class LinearLogp(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: rows are walked in chunks, one log-sum-exp a row is kept, and
-    the backward pass computes each chunk's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ."""
+    """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: rows are walked in chunks, one log-sum-exp
+    a row is kept, and backward computes each chunk's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ."""
 
-    CHUNK = 2 ** 24                                                  # logits in a chunk; two chunks are alive, 64 MB each in float32
+    CHUNK = 2 ** 24                                     # logits in a chunk; two chunks are alive, 64 MB each in float32
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         step = max(1, LinearLogp.CHUNK // len(weight))
-        cast = weight.to(hidden.dtype)                               # once, under bf16; float32 masters stay as they are
+        cast = weight.to(hidden.dtype)                              # once, under bf16; float32 masters stay as they are
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logp, entropy, lse = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
         for i in range(0, len(hidden), step):
             z = row_logits(hidden[i:i + step], cast, temperature)                            # (n, V)
             top = z.amax(1, keepdim=True)
             picked = z.gather(1, targets[i:i + step, None])[:, 0]
-            p = (z - top).exp_()                                                             # softmax before its division
+            p = (z - top).exp_()                                                           # softmax before its division
             total = p.sum(1)
             lse[i:i + step] = top[:, 0] + total.log()
             logp[i:i + step] = picked - lse[i:i + step]
@@ -239,34 +245,39 @@ class LinearLogp(torch.autograd.Function):
 
 
 def linear_logp(hidden, weight, targets, temperature=1.0):
-    """Log-probability of each row's target, and the entropy of each row's distribution, under softmax(hidden @ weight.T / temperature).
+    """Log-probability of each row's target, and the entropy of each row's distribution, under softmax(hidden @ weight.T
+    / temperature).
 
-    hidden (N, C), weight (V, C), targets (N,) int64 -> logp (N,), entropy (N,), in nats, float32 or wider. Gradients reach hidden and
-    weight through logp; the entropy is for watching and carries none. Peak extra memory is one chunk of logits, not (N, V).
+    hidden (N, C), weight (V, C), targets (N,) int64 -> logp (N,), entropy (N,), in nats, float32 or wider. Gradients
+    reach hidden and weight through logp; the entropy is for watching and carries none. Peak extra memory is one chunk
+    of logits, not (N, V).
     """
-    with torch.autocast(hidden.device.type, enabled=False):         # the precision is that of `hidden`, forward and backward
+    with torch.autocast(hidden.device.type, enabled=False):    # the precision is that of `hidden`, forward and backward
         return LinearLogp.apply(hidden, weight, targets, temperature or 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- GPT
+# ------------------------------------------------------------------------------------------------------------------ GPT
 
 
-BF16 = {"cuda"}                   # devices whose matrix products run in bf16; the weights stay float32, and others compute in float32
+BF16 = {"cuda"}     # devices whose matrix products run in bf16; the weights stay float32, and others compute in float32
 
 
-LOOK = {"cpu": 1}                 # decoding steps between looks for finished rows; a look waits for the GPU, so there it is every 8
+LOOK = {"cpu": 1}     # decoding steps between looks for finished rows; a look waits for the GPU, so there it is every 8
 
 
 def autocast(device):
-    """bf16 matrix products over float32 weights, where the device is in BF16. Inside one such block each weight is cast only once."""
+    """bf16 matrix products over float32 weights, where the device is in BF16. Inside one such block each weight is cast
+    only once."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
 
 
 def sample(p, generator=None):
-    """One draw from each row of p (n, V) -> (n,), without a wait for the GPU. nan in p gives some id: the guard is to tell, not a crash.
+    """One draw from each row of p (n, V) -> (n,), without a wait for the GPU. nan in p gives some id: the guard is to
+    tell, not a crash.
 
-    On a CPU by the inverse of the cumulative distribution, 15x faster than torch.multinomial at V = 259; u stays clear of 1, where
-    rounding could pick a token of probability 0. Elsewhere by a race of exponentials, the arg min of E_v / p_v.
+    On a CPU by the inverse of the cumulative distribution, 15x faster than torch.multinomial at V = 259; u stays clear
+    of 1, where rounding could pick a token of probability 0. Elsewhere by a race of exponentials, the arg min of E_v /
+    p_v.
     """
     if p.device.type != "cpu":
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
@@ -284,8 +295,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.norm = make_norm(cfg, cfg.width)
         self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
-        # Linear layers keep PyTorch's own start, uniform with standard deviation 0.58 / sqrt(fan-in): .06 at width 96, where GPT-2's
-        # fixed .02 (right for width 768) learns far more slowly. Embeddings start small, so that first logits are near 0.
+        # Linear layers keep PyTorch's start, uniform with standard deviation 0.58 / sqrt(fan-in): .06 at width 96, where
+        # GPT-2's .02 (right for width 768) learns far more slowly. Embeddings start small: first logits are near 0.
         # The matrices that write into the stream start at 0: a new block is the identity.
         for table in (self.embedding, self.position, self.head):
             if table is not None:
@@ -315,24 +326,26 @@ class GPT(nn.Module):
             rope = None
             if cfg.positions == "rope":
                 table = rope_table(cfg.context, cfg.head_dim, cfg.rope_base, cfg.rope_scaling, x.device)
-                rope = [angle[where].unsqueeze(-2) for angle in table]                       # (T, 1, D/2) or (B, T, 1, D/2)
+                rope = [angle[where].unsqueeze(-2) for angle in table]                   # (T, 1, D/2) or (B, T, 1, D/2)
             for block in self.blocks:
                 x = block(x, rope, cache)
             return self.norm(x)
 
     def token_logp(self, tokens, mask=None, temperature=1.0, at=None):
-        """logp, entropy (B, T), float32 or wider: logp[b, t] = log π(tokens[b, t] | tokens[b, :t]); 0 where the mask is 0 and at t = 0.
+        """logp, entropy (B, T), float32 or wider: logp[b, t] = log π(tokens[b, t] | tokens[b, :t]); 0 where the mask is
+        0 and at t = 0.
 
-        Only positions under the mask meet the vocabulary; no mask means every position but the first. `at`, the flat indices of those
-        positions, saves a wait for the GPU where the caller knows them (see micro_batches). Temperature 0 counts as 1.
+        Only positions under the mask meet the vocabulary; no mask means every position but the first. `at`, the flat
+        indices of those positions, saves a wait for the GPU where the caller knows them (see micro_batches).
+        Temperature 0 counts as 1.
         """
         B, T = tokens.shape
         if at is None:
             chosen = torch.ones_like(tokens) if mask is None else mask > 0
             at = F.pad(chosen[:, 1:], (1, 0)).flatten().nonzero()[:, 0]                      # (N,)
-        hidden = self(tokens).flatten(0, 1)[at - 1]                                          # (N, C): position t is read off t - 1
+        hidden = self(tokens).flatten(0, 1)[at - 1]                               # (N, C): position t is read off t - 1
         if tokens.device.type in BF16 and hidden.dtype == torch.float32:
-            hidden = hidden.bfloat16()                                                       # the last norm hands out float32
+            hidden = hidden.bfloat16()                                                 # the last norm hands out float32
         flat = linear_logp(hidden, self.unembedding, tokens.flatten()[at], temperature)
         return tuple(x.new_zeros(B * T).index_copy(0, at, x).view(B, T) for x in flat)
 
@@ -340,10 +353,10 @@ class GPT(nn.Module):
     def generate(self, prompts, group=1, max_new=64, temperature=1.0, stop=None, pad=0, generator=None):
         """Sample `group` answers to every prompt.
 
-        prompts: lists of token ids, ragged; the answers of one prompt are adjacent rows. An answer ends with the first id of `stop`
-        (default: the model's own), which belongs to it, or after `max_new` tokens. temperature 0 is greedy.
-        Returns tokens (B G, T) right-padded with `pad`, mask (B G, T) and logp (B G, T) of what was sampled, equal to token_logp's. The
-        same seed (torch's, or `generator`'s), batch and device give the same answers.
+        prompts: lists of token ids, ragged; the answers of one prompt are adjacent rows. An answer ends with the first
+        id of `stop` (default: the model's own), which belongs to it, or after `max_new` tokens. temperature 0 is
+        greedy. Returns tokens (B G, T) right-padded with `pad`, mask (B G, T) and logp (B G, T) of what was sampled,
+        equal to token_logp's. The same seed (torch's, or `generator`'s), batch and device give the same answers.
         """
         device, stop, tau = self.device, torch.tensor(self.cfg.stop if stop is None else stop), temperature or 1.0
         length, P = torch.tensor([len(p) for p in prompts]), max(map(len, prompts))
@@ -354,15 +367,15 @@ class GPT(nn.Module):
         tokens = torch.tensor([list(p) + [pad] * (P - len(p)) for p in prompts])             # (B, P)
         stop = stop.to(device)
 
-        with autocast(device):                                 # around the whole loop: weights are cast to bf16 once a rollout
+        with autocast(device):                          # around the whole loop: weights are cast to bf16 once a rollout
             cache = KVCache(self.cfg.layers)
             last = (torch.arange(len(prompts)) * P + length - 1).to(device)
-            hidden = self(tokens.to(device), cache=cache).flatten(0, 1)[last]                # (B, C), each prompt run once
+            hidden = self(tokens.to(device), cache=cache).flatten(0, 1)[last]             # (B, C), each prompt run once
             cache.prefilled(length, group, max_new)
             logits = row_logits(hidden, self.unembedding, tau).repeat_interleave(group, 0)   # (N, V), N = B G
 
             length = length.repeat_interleave(group)                                         # (N,)
-            N, position = len(length), length[:, None].to(device)                            # (N, 1), where the next token stands
+            N, position = len(length), length[:, None].to(device)                  # (N, 1), where the next token stands
             answer = torch.full((N, max_new), pad, device=device)
             logp = logits.new_zeros(N, max_new)
             count = torch.zeros(N, dtype=torch.long, device=device)                          # answer tokens so far
@@ -380,7 +393,7 @@ class GPT(nn.Module):
                     keep = (~done).nonzero()[:, 0]
                     if len(keep) == 0:
                         break
-                    if len(keep) < 0.9 * len(done):            # a finished row costs as much as a live one; copying the cache costs too
+                    if len(keep) < 0.9 * len(done):            # a finished row costs as much as a live one, a copy also
                         cache.keep(keep)
                         alive, done, token, position = alive[keep], done[keep], token[keep], position[keep]
                 hidden = self(token[:, None], position, cache)[:, 0]                         # (alive, C)
@@ -391,19 +404,21 @@ class GPT(nn.Module):
         T = int(total.max())
         column = torch.arange(T, device=device)
         mask = (column >= length.to(device)[:, None]) & (column < total[:, None])            # (N, T)
-        given = torch.arange(max_new, device=device) < count[:, None]                        # (N, max_new), as many as in mask
-        out = F.pad(tokens.repeat_interleave(group, 0).to(device), (0, T - P), value=pad)    # (N, T); T < P where it cuts pads only
-        return out.masked_scatter(mask, answer[given]), mask.float(), logp.new_zeros(N, T).masked_scatter(mask, logp[given])
+        given = torch.arange(max_new, device=device) < count[:, None]                 # (N, max_new), as many as in mask
+        out = F.pad(tokens.repeat_interleave(group, 0).to(device), (0, T - P), value=pad)    # (N, T); T < P cuts pads
+        out, logp = out.masked_scatter(mask, answer[given]), logp.new_zeros(N, T).masked_scatter(mask, logp[given])
+        return out, mask.float(), logp
 
 
-# --------------------------------------------------------------------------------------------------------------------- scalar head
+# ---------------------------------------------------------------------------------------------------------- scalar head
 
 
 class ScalarModel(nn.Module):
     """A trunk with one number per position: a reward model or a critic, by the read-out that is used."""
 
     def __init__(self, trunk, std=0.0):
-        """std of the head's first weights: 1 / sqrt(C + 1) for a reward model, 0 for a critic that starts by expecting nothing."""
+        """std of the head's first weights: 1 / sqrt(C + 1) for a reward model, 0 for a critic that starts by expecting
+        nothing."""
         super().__init__()
         self.trunk, self.head = trunk, nn.Linear(trunk.cfg.width, 1)
         nn.init.normal_(self.head.weight, std=std)
@@ -418,25 +433,28 @@ class ScalarModel(nn.Module):
         return F.pad(self(tokens)[:, :-1], (1, 0))
 
     def score(self, tokens, mask):
-        """(B,): read at the last answer token itself, the end token, after the last choice. One column right of its value."""
+        """(B,): read at the last answer token itself, the end token, after the last choice. One column right of its
+        value."""
         last = (torch.arange(tokens.size(1), device=mask.device) * (mask > 0)).amax(1)
         return self(tokens)[torch.arange(len(tokens), device=tokens.device), last]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
 def make_tokenizer(name="bytes"):
-    """A tiktoken Encoding: "bytes" is built in (256 bytes, no download); any other name is tiktoken's own. ChatML's two marks are added."""
+    """A tiktoken Encoding: "bytes" is built in (256 bytes, no download); any other name is tiktoken's own. ChatML's two
+    marks are added."""
     if name == "bytes":
         pattern, ranks, special = r"(?s:.+)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
     else:
         try:
             base = tiktoken.get_encoding(name)
         except ValueError:
-            raise InputError(f"tokenizer {name!r} is unknown: use bytes or one of {', '.join(tiktoken.list_encoding_names())}")
-        except Exception as e:                                       # requests' own errors; tiktoken downloads a vocabulary once
-            raise InputError(f"tokenizer {name!r}: its vocabulary could not be downloaded ({type(e).__name__}); bytes needs no network")
+            known = ", ".join(tiktoken.list_encoding_names())
+            raise InputError(f"tokenizer {name!r} is unknown: use bytes or one of {known}")
+        except Exception as e:                              # requests' own errors; tiktoken downloads a vocabulary once
+            raise InputError(f"tokenizer {name!r}: no download of its ranks ({type(e).__name__}); bytes needs none")
         pattern, ranks, special = base._pat_str, base._mergeable_ranks, dict(base._special_tokens)
     for mark in ("<|im_start|>", "<|im_end|>"):
         special.setdefault(mark, 1 + max(*ranks.values(), *special.values()))
@@ -451,7 +469,8 @@ def stop_ids(tokenizer):
 
 
 def encode_chat(tokenizer, messages):
-    """ChatML -> ids, mask: 1 on what the assistant wrote and the mark that ends its turn, 0 on all else, headers included."""
+    """ChatML -> ids, mask: 1 on what the assistant wrote and the mark that ends its turn, 0 on all else, headers
+    included."""
     start, end = tokenizer.encode_single_token("<|im_start|>"), tokenizer.encode_single_token("<|im_end|>")
     ids, mask = [], []
     for m in messages:
@@ -464,7 +483,8 @@ def encode_chat(tokenizer, messages):
 
 
 def prompt_ids(tokenizer, row):
-    """What the model reads before it answers: the prompt as it is, or the messages up to the assistant's last turn and that turn's header."""
+    """What the model reads before it answers: the prompt as it is, or the messages up to the assistant's last turn and
+    that turn's header."""
     if "messages" not in row:
         return tokenizer.encode_ordinary(row["prompt"])
     return encode_chat(tokenizer, asked(row["messages"]) + [{"role": "assistant", "content": ""}])[0][:-1]
@@ -484,24 +504,25 @@ def answers(tokenizer, tokens, mask, stop):
     return texts
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints, saved whole
+# --------------------------------------------------------------------------------------------- checkpoints, saved whole
 
 
 def save(folder, model, tokenizer, name="ckpt.pt", **state):
-    """Write folder/name in one step: whoever reads it finds the old file or the new one, whole, whatever happens in between."""
+    """Write folder/name in one step: whoever reads it finds the old file or the new one, whole, whatever happens in
+    between."""
     trunk = getattr(model, "trunk", model)
-    data = dict(kind=type(model).__name__, config=asdict(trunk.cfg), tokenizer=tokenizer.name, model=model.state_dict(), **state)
+    data = dict(kind=type(model).__name__, config=asdict(trunk.cfg), tokenizer=tokenizer.name, model=model.state_dict())
     path = os.path.join(folder, name)
     try:
         with open(path + ".tmp", "wb") as f:
-            torch.save(data, f)
+            torch.save(data | state, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:                             # RuntimeError: how torch's writer reports a full disk
+    except (OSError, RuntimeError) as e:                          # RuntimeError: how torch's writer reports a full disk
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
-        raise InputError(f"{path}: could not be written ({e.args[-1] if e.args else e}); the checkpoint before it is untouched") from e
+        raise InputError(f"{path}: could not be written ({e.args[-1]}); the checkpoint before it is untouched") from e
 
 
 def read_checkpoint(folder):
@@ -513,7 +534,7 @@ def read_checkpoint(folder):
         data = torch.load(path, map_location="cpu", weights_only=True)
         data["model"], data["config"], data["tokenizer"], data["kind"]
         return data
-    except Exception as e:                                           # a torn zip, a pickle with code in it, another program's file
+    except Exception as e:                                # a torn zip, a pickle with code in it, another program's file
         raise InputError(f"{path}: not a nanoPO checkpoint ({type(e).__name__})") from e
 
 
@@ -534,17 +555,20 @@ def load(path, device="cpu"):
     return model.to(device), make_tokenizer(data["tokenizer"])
 
 
-# -------------------------------------------------------------------------------------------------------- prompts, rows and numbers
+# -------------------------------------------------------------------------------------------- prompts, rows and numbers
 
 
 def part(prompt):
-    """"train", "val" (1 in 20: settings are chosen on these) or "test" (1 in 20: reported numbers), by a hash that never changes."""
-    return {0: "val", 1: "test"}.get(int(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(), 16) % 20, "train")
+    """"train", "val" (1 in 20: settings are chosen on these) or "test" (1 in 20: reported numbers), by a hash that
+    never changes."""
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    return {0: "val", 1: "test"}.get(int(digest, 16) % 20, "train")
 
 
 def sums(n, which, seed=0):
-    """n rows of the built-in task: "5+8+7=", 3 to 6 digits from 1 to 9, and their sum in two digits. Prompts that are held out are
-    distinct, so that there are fewer short ones: a twentieth of the 729 prompts of 3 terms is all there is."""
+    """n rows of the built-in task: "5+8+7=", 3 to 6 digits from 1 to 9, and their sum in two digits. Prompts that are
+    held out are distinct, so that there are fewer short ones: a twentieth of the 729 prompts of 3 terms is all there
+    is."""
     rng, rows, seen, lengths = random.Random(f"{which} {seed}"), [], set(), [3, 4, 5, 6]
     while len(rows) < n:
         k = rng.choice(lengths)
@@ -563,8 +587,9 @@ def sums(n, which, seed=0):
 def read_rows(path, *needed):
     """JSON lines -> list of dicts in which every field in `needed` is text, with their file and line in "at".
 
-    GSM8K's {"question", "answer"} is read as prompt (with a line break after it), response and answer. Where there is {"messages": [...]},
-    it stands for prompt and response. The first thing that is wrong is told by file, line and field.
+    GSM8K's {"question", "answer"} is read as prompt (with a line break after it), response and answer. Where there is
+    {"messages": [...]}, it stands for prompt and response. The first thing that is wrong is told by file, line and
+    field.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
@@ -599,8 +624,8 @@ def read_rows(path, *needed):
 
 
 def check_messages(messages, at, answered):
-    if not isinstance(messages, list) or not messages or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
+    turn = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+    if not isinstance(messages, list) or not messages or not all(map(turn, messages)):
         raise InputError(f'{at}: field "messages" must be a list of {{"role": text, "content": text}}')
     if answered and messages[-1]["role"] != "assistant":
         raise InputError(f'{at}: field "messages" must end with the assistant\'s turn, not {messages[-1]["role"]!r}')
@@ -617,7 +642,8 @@ def usable(rows, good, why):
 
 
 def split(rows, test=None):
-    """Train, val and test rows by the hash of the prompt; or val by the hash, the given test rows, and all other prompts to train on."""
+    """Train, val and test rows by the hash of the prompt; or val by the hash, the given test rows, and all other
+    prompts to train on."""
     parts = {"train": [], "val": [], "test": []}
     for row in rows:
         parts[part(row["prompt"])].append(row)
@@ -626,9 +652,10 @@ def split(rows, test=None):
         test = parts["test"]
     else:
         told = {row["prompt"] for row in test}
-        train, val = (usable(x, lambda row: row["prompt"] not in told, "its prompt is in --test") for x in (train + parts["test"], val))
+        untold = lambda rows: usable(rows, lambda row: row["prompt"] not in told, "its prompt is in --test")
+        train, val = untold(train + parts["test"]), untold(val)
     if not train:
-        raise InputError("no row is left to train on: the hash of their prompts holds all of them out; --data needs more rows")
+        raise InputError("no row is left to train on: the hash of their prompts holds all of them out; give more rows")
     return train, val, test
 
 
@@ -643,9 +670,9 @@ NUMBER = re.compile(r"""
 def answer_number(text):
     """The number that an answer states, as an exact Fraction, or None.
 
-    After the last "####" if there is one, else in the last \\boxed{...}, else the last number of the text. Commas, $ and % fall away
-    (5% is 5), signs, decimals, fractions and mixed numbers count, "42." and "42.0" are 42. A formula such as \\sqrt{2} after "####" or in
-    a box is no number. Nothing is evaluated.
+    After the last "####" if there is one, else in the last \\boxed{...}, else the last number of the text. Commas, $
+    and % fall away (5% is 5), signs, decimals, fractions and mixed numbers count, "42." and "42.0" are 42. A formula
+    such as \\sqrt{2} after "####" or in a box is no number. Nothing is evaluated.
     """
     text, which = text.replace("\u2212", "-"), -1
     if "####" in text:
@@ -677,16 +704,17 @@ def boxed(text):
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------------- batches and optimisation
+# --------------------------------------------------------------------------------------------- batches and optimisation
 
 
 def batches(rows, size, seed, start=0):
-    """Endless batches of `size` rows, each epoch shuffled by (seed, epoch) alone: a resumed run skips `start` batches and goes on."""
+    """Endless batches of `size` rows, each epoch shuffled by (seed, epoch) alone: a resumed run skips `start` batches
+    and goes on."""
     order, epoch = [], 0
     while True:
         while len(order) < size:
-            order += torch.randperm(len(rows), generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)).tolist()
-            epoch += 1
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order, epoch = order + torch.randperm(len(rows), generator=generator).tolist(), epoch + 1
         batch, order = order[:size], order[size:]
         if start > 0:
             start -= 1
@@ -695,18 +723,21 @@ def batches(rows, size, seed, start=0):
 
 
 def pad_batch(sequences, masks):
-    """Lists of token ids and of 0/1 -> tokens (B, T) int64 and mask (B, T), right-padded with 0; the mask, not the id, says what is a pad."""
+    """Lists of token ids and of 0/1 -> tokens (B, T) int64 and mask (B, T), right-padded with 0; the mask, not the id,
+    says what is a pad."""
     T = max(map(len, sequences))
     tokens = torch.tensor([list(x) + [0] * (T - len(x)) for x in sequences])
     return tokens, torch.tensor([list(x) + [0] * (T - len(x)) for x in masks], dtype=torch.float32)
 
 
 def micro_batches(mask, rows, budget, device):
-    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together, each trimmed to its longest.
+    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together, each trimmed to its
+    longest.
 
-    budget 0 is 1024 on a CPU, where short pieces save more pads than they cost calls (a seventh of an SFT step), and 16384 elsewhere.
-    mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions of the mask in tokens[j, :t], which
-    is token_logp's `at`. All is known before the GPU starts, so nothing waits for it.
+    budget 0 is 1024 on a CPU, where short pieces save more pads than they cost calls (a seventh of an SFT step), and
+    16384 elsewhere. mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions
+    of the mask in tokens[j, :t], which is token_logp's `at`. All is known before the GPU starts, so nothing waits for
+    it.
     """
     budget = budget or (1024 if device.type == "cpu" else 16384)
     width = ((mask > 0) * torch.arange(1, mask.size(1) + 1)).amax(1).clamp(min=1)[rows]      # columns a row needs
@@ -724,7 +755,8 @@ def micro_batches(mask, rows, budget, device):
 
 @torch.no_grad()
 def frozen_logp(model, tokens, mask, temperature, budget):
-    """token_logp of a whole rollout without gradient, in micro-batches. mask (B, T) on the CPU -> logp, entropy (B, T)."""
+    """token_logp of a whole rollout without gradient, in micro-batches. mask (B, T) on the CPU -> logp, entropy (B,
+    T)."""
     dtype = torch.promote_types(model.unembedding.dtype, torch.float32)
     logp, entropy = torch.zeros((2, *tokens.shape), dtype=dtype, device=tokens.device)
     for j, t, at in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
@@ -761,14 +793,14 @@ class Optimizers:
             raise InputError("the checkpoint was left by another choice of optimisers (--muon_lr)")
         for part, moments in zip(self.parts, state):
             for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
-                if any(x.dim() and x.shape != p.shape for x in moments.get(i, {}).values() if isinstance(x, torch.Tensor)):
+                if any(x.dim() and x.shape != p.shape for x in moments.get(i, {}).values()):
                     raise InputError("the checkpoint was left by another choice of optimisers (--muon_lr)")
             part.load_state_dict(part.state_dict() | {"state": moments})
 
 
 def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, betas=(0.9, 0.95), eps=1e-8):
-    """AdamW; matrices decay, vectors (norms, biases) and embeddings do not. With muon_lr the blocks' matrices are Muon's instead, which
-    learns faster from scratch."""
+    """AdamW; matrices decay, vectors (norms, biases) and embeddings do not. With muon_lr the blocks' matrices are
+    Muon's instead, which learns faster from scratch."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     muon = {name: p for name, p in params.items() if muon_lr and "blocks." in name and p.dim() == 2}
@@ -779,12 +811,13 @@ def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, betas=(0.9, 0.95), 
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=fused)
     if not muon:
         return Optimizers(adamw)
-    return Optimizers(adamw, torch.optim.Muon(muon.values(), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    alike = dict(weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")         # steps of AdamW's size
+    return Optimizers(adamw, torch.optim.Muon(muon.values(), lr=muon_lr, **alike))
 
 
 def set_lr(optimizer, step, steps, warmup=0, floor=0.0):
-    """Every group's rate as a share of its own peak, steps 1 .. steps: linear warm-up, then half a cosine down to `floor`. Returns the
-    first group's rate."""
+    """Every group's rate as a share of its own peak, steps 1 .. steps: linear warm-up, then half a cosine down to
+    `floor`. Returns the first group's rate."""
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
     share = step / warmup if step <= warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
     for group in optimizer.param_groups:
@@ -807,21 +840,23 @@ class Mean:
         return {name: float(total / w) for name, (total, w) in self.sums.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0):
-    """How a policy does on rows with "ids" (the encoded prompt): one greedy answer each, and `samples` at temperature 1.
+    """How a policy does on rows with "ids" (the encoded prompt): one greedy answer each, and `samples` at temperature
+    1.
 
-    Returns a dict and the list of greedy texts. greedy: accuracy by `score`, an answer that did not end being wrong; acc: the same at
-    temperature 1; pass@k, k = samples: any of them right; end: share that ended at temperature 1; length: their mean tokens, end token
-    included. Rows that do not say what is right have no accuracies. The noise has a seed of its own: evaluating changes nothing in a
-    training run, and is the same before and after.
+    Returns a dict and the list of greedy texts. greedy: accuracy by `score`, an answer that did not end being wrong;
+    acc: the same at temperature 1; pass@k, k = samples: any of them right; end: share that ended at temperature 1;
+    length: their mean tokens, end token included. Rows that do not say what is right have no accuracies. The noise has
+    a seed of its own: evaluating changes nothing in a training run, and is the same before and after.
     """
     if not rows:
         return {}, []
     generator = torch.Generator(model.device).manual_seed(seed)
-    size = max(1, 2 ** 17 // (samples * (max(len(row["ids"]) for row in rows) + max_new)))   # 131,072 tokens in the cache at a time
+    longest = max(len(row["ids"]) for row in rows) + max_new
+    size = max(1, 2 ** 17 // (samples * longest))                    # prompts at a time: 131,072 tokens in the cache
     greedy, right, ended, length, shown = [], [], [], [], []
     known = all("two_digits" in row or "answer" in row for row in rows)
     judge = lambda row, text: known and text is not None and score(row, text) > 0
@@ -844,7 +879,8 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0):
 
 
 def distinct(tokens, mask, n=2):
-    """Distinct-n of a batch of answers: different n-grams over all n-grams; falls when every answer becomes the same."""
+    """Distinct-n of a batch of answers: different n-grams over all n-grams; falls when every answer becomes the
+    same."""
     both = mask.cpu()[:, n - 1:] > 0
     for i in range(n - 1):
         both &= mask.cpu()[:, i:i - n + 1] > 0
@@ -852,12 +888,12 @@ def distinct(tokens, mask, n=2):
     return len(grams.unique(dim=0)) / max(1, len(grams))
 
 
-# ------------------------------------------------------------------------------------------------- settings, devices and what a run leaves
+# ------------------------------------------------------------------------------ settings, devices and what a run leaves
 
 
 def parse_config(Config, argv=None):
-    """`--field value` for every field of a dataclass; the comment beside the field is its --help. A bool may stand alone: --resume.
-    With --resume the settings of the run in --out are the defaults."""
+    """`--field value` for every field of a dataclass; the comment beside the field is its --help. A bool may stand
+    alone: --resume. With --resume the settings of the run in --out are the defaults."""
     comment = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", inspect.getsource(Config), re.M))
 
     def true_or_false(text):
@@ -914,18 +950,21 @@ def setup(seed):
 
 
 def make_first(folder, script, default, seed):
-    """Run the script that makes the checkpoint in `folder`, if that is the default one and is missing or was left unfinished."""
+    """Run the script that makes the checkpoint in `folder`, if that is the default one and is missing or was left
+    unfinished."""
     state = read_checkpoint(folder) if os.path.exists(os.path.join(folder, "ckpt.pt")) else None
     if folder != default or state and state.get("finished"):
         return
     print(f"{folder} {'is unfinished' if state else 'does not exist'}: running {script} first", flush=True)
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    if subprocess.run([sys.executable, here, "--out", folder] + (["--resume"] if state else ["--seed", str(seed)])).returncode:
+    more = ["--resume"] if state else ["--seed", str(seed)]
+    if subprocess.run([sys.executable, here, "--out", folder, *more]).returncode:
         raise InputError(f"{script} failed, see above; {folder} is needed here")
 
 
 class Guard:
-    """Says when a run has gone wrong, and by which rule. It remembers nothing but counts, which a resumed run replays from its metrics."""
+    """Says when a run has gone wrong, and by which rule. It remembers nothing but counts, which a resumed run replays
+    from its metrics."""
 
     def __init__(self, max_kl=float("inf"), patience=5, barren=50):
         self.max_kl, self.limit, self.count = max_kl, {"kl": patience, "end": patience, "barren": barren}, {}
@@ -935,7 +974,7 @@ class Guard:
         for name, x in m.items():
             if not math.isfinite(x):
                 return f"{name} is {x}"
-        sick = {"kl": m.get("kl_seq", 0.0) > self.max_kl, "end": m.get("end", 1.0) < 0.05, "barren": m.get("solved", 1.0) == 0}
+        sick = {"kl": m.get("kl_seq", 0) > self.max_kl, "end": m.get("end", 1) < .05, "barren": m.get("solved", 1) == 0}
         for name, bad in sick.items():
             self.count[name] = self.count.get(name, 0) + 1 if bad else 0
         if self.count["kl"] >= self.limit["kl"]:
@@ -947,7 +986,8 @@ class Guard:
 
 
 class Folder:
-    """What a run leaves behind: config.json, metrics.jsonl, ckpt.pt, samples.txt, curves.png. Nothing is written before `begin`."""
+    """What a run leaves behind: config.json, metrics.jsonl, ckpt.pt, samples.txt, curves.png. Nothing is written before
+    `begin`."""
 
     def __init__(self, cfg, tokenizer, guard):
         self.cfg, self.out, self.tokenizer, self.guard = cfg, cfg.out, tokenizer, guard if cfg.guard else None
@@ -959,8 +999,8 @@ class Folder:
     def begin(self, model, optimizer):
         """Open the folder. Returns the step to go on from and what `save` was given besides, {} for a new run.
 
-        A resumed run gets its weights, moments and random state back as they were, and metrics.jsonl loses the steps after the
-        checkpoint, which are done again. A new run finds its folder empty: an earlier one is renamed.
+        A resumed run gets its weights, moments and random state back as they were, and metrics.jsonl loses the steps
+        after the checkpoint, which are done again. A new run finds its folder empty: an earlier one is renamed.
         """
         state = read_checkpoint(self.out) if self.cfg.resume else {"step": 0, "more": {}}
         if self.cfg.resume:
@@ -968,7 +1008,7 @@ class Folder:
                 model.load_state_dict(state["model"])
             except RuntimeError as e:
                 why = str(e).splitlines()[1].strip()
-                raise InputError(f"{self.out}: its checkpoint has another shape than --init or the flags ask for ({why})") from None
+                raise InputError(f"{self.out}: its checkpoint has another shape than the flags say ({why})") from None
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available() and "rng_cuda" in state:
@@ -1006,34 +1046,37 @@ class Folder:
     def save(self, model, optimizer, step, name="ckpt.pt", **more):
         """All that `begin` needs to go on from here; `more` is kept as it is."""
         cuda = {"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-        save(self.out, model, self.tokenizer, name, step=step, finished=step == self.cfg.steps, optimizer=optimizer.state_dict(),
-             rng=torch.get_rng_state(), more=more, **cuda)
+        save(self.out, model, self.tokenizer, name, step=step, finished=step == self.cfg.steps,
+             optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), more=more, **cuda)
 
     def log(self, step, shown, **metrics):
-        """One object into metrics.jsonl, one line on the screen with the metrics that `shown` names. Returns the guard's verdict."""
+        """One object into metrics.jsonl, one line on the screen with the metrics that `shown` names. Returns the
+        guard's verdict."""
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated() / 2 ** 30
         else:
             try:
                 import resource                                      # not on Windows; macOS counts bytes, Linux KiB
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+                unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
             except ImportError:
                 memory = 0.0
         row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
         self.rows.append(row)
         self.metrics.write(json.dumps(row) + "\n")
         self.clock = self.clock or (step, time.perf_counter())       # time left is told from the second line on
-        left = (time.perf_counter() - self.clock[1]) / max(1, step - self.clock[0]) * (self.cfg.steps - step)
+        left = int((time.perf_counter() - self.clock[1]) / max(1, step - self.clock[0]) * (self.cfg.steps - step))
         numbers = " | ".join(f"{name} {pretty(row[name])}" for name in shown.split() if name in row)
-        print(f"step {step:4}/{self.cfg.steps} | {numbers} | {memory:.1f} GB | {int(left) // 60}:{int(left) % 60:02} left", flush=True)
+        left = f"{left // 60}:{left % 60:02} left"
+        print(f"step {step:4}/{self.cfg.steps} | {numbers} | {memory:.1f} GB | {left}", flush=True)
         return self.guard and self.guard.check(row)
 
     def stop(self, model, optimizer, step, why):
         """The guard spoke: the sick state goes to stopped.pt, the last good checkpoint stays, the run ends."""
         self.save(model, optimizer, step, "stopped.pt")
-        good = f"the last good checkpoint is {self.path('ckpt.pt')}" if os.path.exists(self.path("ckpt.pt")) else "there is no checkpoint yet"
-        raise InputError(f"stopped by the guard at step {step}: {why}; {good}, the state now is {self.path('stopped.pt')}; "
-                         "--guard false runs on")
+        good = self.path("ckpt.pt") if os.path.exists(self.path("ckpt.pt")) else "not there yet"
+        raise InputError(f"stopped by the guard at step {step}: {why}; the last good checkpoint is {good}, "
+                         f"the state now is {self.path('stopped.pt')}; --guard false runs on")
 
     def samples(self, title, rows, texts, n=3):
         """Append a few prompts with their greedy answers to samples.txt; returns them as text."""
@@ -1076,13 +1119,14 @@ def table(before, after):
 
 
 def main(train, Config):
-    """What `python script.py` does: parse, train, and end in one clear line if something was wrong with what was given."""
+    """What `python script.py` does: parse, train, and end in one clear line if something was wrong with what was
+    given."""
     name = os.path.basename(sys.argv[0])
     try:
         train(parse_config(Config))
     except InputError as e:
         sys.exit(f"{name}: {e}")
     except OSError as e:                                             # a full disk, a folder that went away
-        sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; what was saved before stands, --resume goes on from it")
+        sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; what was saved before stands, see --resume")
     except KeyboardInterrupt:
         sys.exit(f"\n{name}: interrupted; the last checkpoint stands, the same command with --resume goes on from it")

@@ -5,12 +5,13 @@ Imitate demonstrations: raise the likelihood of every response token given the p
 
     minimise  L(θ) = - Σ_i Σ_t m_it log π_θ(y_it | x_i, y_i,<t)  /  Σ_i Σ_t m_it                                     (1)
 
-    paper   θ       x, y           log π_θ   m, 1 on the response and its end token   Σ m, over the whole optimiser batch
+    paper   θ       x, y           log π_θ   m, 1 on the response and its end token   Σ m, over the optimiser batch
     here    model   tokens (B, T)  logp      mask                                     n
 
-The prompt is context and not a target (m = 0): the model is to answer, not to ask. The end token is a target like any other, or the
-model never learns to stop; an example that does not fit the context is dropped, since cutting it would teach a false stop. The
-denominator is counted before the batch is split, so that micro-batches of any size give the same gradient.
+The prompt is context and not a target (m = 0): the model is to answer, not to ask. The end token is a target like any
+other, or the model never learns to stop; an example that does not fit the context is dropped, since cutting it would
+teach a false stop. The denominator is counted before the batch is split, so that micro-batches of any size give the
+same gradient.
 
 The demonstrators of the built-in task work with care on short sums and get lazier on long ones:
 
@@ -21,7 +22,7 @@ The demonstrators of the built-in task work with care on short sums and get lazi
 About 56% of them are right, and imitation can hardly do better: that is what grpo.py is for.
 
 Run:     python sft.py                                    about a minute on two CPU cores -> out/sft
-Yours:   python sft.py --data rows.jsonl --context 1024   {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}
+Yours:   python sft.py --data rows.jsonl --context 1024   {"prompt", "response"} or {"messages": [{"role", "content"}]}
 """
 import random
 import time
@@ -29,32 +30,32 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_chat, evaluate, frozen_logp, load,
-                   main, make_optimizer, make_tokenizer, micro_batches, pad_batch, prompt_ids, read_rows, set_lr, setup, split,
-                   stop_ids, sums, table, usable)
+from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_chat,
+                   evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer, micro_batches, pad_batch,
+                   prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums, table, usable)
 
 
 @dataclass
 class Config:
     # data
     data: str = ""                # JSON lines to learn from; "" is the built-in task
-    test: str = ""                # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = ""                # checkpoint folder to start from; "": from scratch, with the tokenizer and shape below
+    test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
+    init: str = ""               # checkpoint folder to start from; "": from scratch, with the tokenizer and shape below
     out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
     seed: int = 0                 # of the weights, the order of the data and the sampling
     resume: bool = False          # go on with the run in --out
     # model, from scratch only
     tokenizer: str = "bytes"      # "bytes" (built in), or a vocabulary that tiktoken downloads, such as gpt2
-    context: int = 64             # longest sequence in tokens, prompt and response together; longer examples are dropped
+    context: int = 64            # longest sequence in tokens, prompt and response together; longer examples are dropped
     layers: int = 3               # transformer blocks
     width: int = 96               # C, the residual stream
     heads: int = 3                # attention heads of size C / heads
     # optimisation
     steps: int = 1000             # optimiser steps
     batch: int = 64               # examples in an optimiser step
-    micro_tokens: int = 0         # tokens, pads included, in one forward and backward: bounds the memory, changes no gradient; 0: by device
+    micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     lr: float = 3e-3              # peak rate of AdamW; for a real pretrained model 1e-5
-    muon_lr: float = 3e-3         # peak rate of Muon on the blocks' matrices, used from scratch only; 0: AdamW has them too
+    muon_lr: float = 3e-3     # peak rate of Muon on the blocks' matrices, used from scratch only; 0: AdamW has them too
     warmup: int = 30              # steps of linear warm-up, before half a cosine down to 0
     weight_decay: float = 0.1     # on matrices, not on norms, biases and embeddings
     grad_clip: float = 1.0        # largest gradient norm
@@ -64,15 +65,17 @@ class Config:
     guard: bool = True            # stop a run that has gone wrong, and say why
 
 
-# ----------------------------------------------------------------------------------------------------------------- the algorithm
+# -------------------------------------------------------------------------------------------------------- the algorithm
 
 
 def sft_loss(logp, mask, n=None):
-    """Eq. 1. logp, mask (B, T), mask 1 on response tokens; n: response tokens in the whole optimiser batch, None if this is all of it.
+    """Eq. 1. logp, mask (B, T), mask 1 on response tokens; n: response tokens in the whole optimiser batch, None if
+    this is all of it.
 
-    Returns the loss, and its two readings: nats a token, and nats a token averaged per response, in which long ones weigh no more.
+    Returns the loss, and its two readings: nats a token, and nats a token averaged per response, in which long ones
+    weigh no more.
     """
-    logp = torch.where(mask > 0, logp, 0.0)                               # nothing outside the mask counts, not even a nan
+    logp = torch.where(mask > 0, logp, 0.0)                            # nothing outside the mask counts, not even a nan
     loss = -logp.sum() / (mask.sum().clamp(min=1) if n is None else n)    # - Σ m log π / Σ m
     length = mask.sum(1)                                                  # (B,)
     with torch.no_grad():
@@ -81,7 +84,7 @@ def sft_loss(logp, mask, n=None):
     return loss, {"nll": per_token, "nll_answer": per_answer}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the task
+# ------------------------------------------------------------------------------------------------------------- the task
 
 CAREFUL = {3: .75, 4: .65, 5: .40, 6: .35}                                # P(shows the working | number of terms)
 SLIP = .08                                                                # P(forgets the ten | a carry)
@@ -101,7 +104,8 @@ def demonstrate(prompt, rng):
 
 
 def score(row, text):
-    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number of "answer"."""
+    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number
+    of "answer"."""
     if "two_digits" in row:
         return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
     number = answer_number(text)
@@ -113,7 +117,7 @@ def prepare(row, tokenizer):
     ids = prompt_ids(tokenizer, row)
     if "messages" in row:
         tokens, mask = encode_chat(tokenizer, row["messages"])
-    else:                                                                 # apart, so that the boundary of the mask is exact
+    else:                                                             # apart, so that the boundary of the mask is exact
         response = tokenizer.encode_ordinary(row["response"]) + [tokenizer.eot_token]
         tokens, mask = ids + response, [0] * len(ids) + [1] * len(response)
     return row | {"ids": ids, "tokens": tokens, "mask": mask}
@@ -122,9 +126,10 @@ def prepare(row, tokenizer):
 def demonstrations(cfg, tokenizer, context):
     """Rows to learn from, to validate on and to report on."""
     def ready(rows):
-        rows = usable(rows, lambda row: row["prompt"] and row["response"].strip(), "the prompt or the response is empty")
+        rows = usable(rows, lambda x: x["prompt"] and x["response"].strip(), "the prompt or the response is empty")
         rows = [prepare(row, tokenizer) for row in rows]
-        return usable(rows, lambda row: len(row["tokens"]) <= context, f"longer than the context of {context} tokens (--context)")
+        fits = lambda x: len(x["tokens"]) <= context
+        return usable(rows, fits, f"longer than the context of {context} tokens (--context)")
 
     if cfg.data:
         return split(*[ready(read_rows(path, "prompt", "response")) for path in (cfg.data, cfg.test) if path])
@@ -133,7 +138,7 @@ def demonstrations(cfg, tokenizer, context):
     return [ready([row | {"response": demonstrate(row["prompt"], rng)} for row in rows]) for rows in parts]
 
 
-# --------------------------------------------------------------------------------------------------------------------- the script
+# ----------------------------------------------------------------------------------------------------------- the script
 
 
 def heldout_loss(model, rows, cfg, device):
@@ -156,14 +161,15 @@ def report(model, tokenizer, rows, cfg, device, samples=8):
 
 def train(cfg):
     device = setup(cfg.seed)
-    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1, lr=0, muon_lr=0, warmup=0, micro_tokens=0)
+    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1)
+    check(cfg, lr=0, muon_lr=0, weight_decay=0, warmup=0, micro_tokens=0)
 
     # data and model: all that can be wrong is found here, before the first step
     if cfg.init:
         model, tokenizer = load(cfg.init, device)
         for name in ("context", "layers", "width", "heads"):
             if getattr(cfg, name) not in (getattr(Config, name), getattr(model.cfg, name)):
-                raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, and --init keeps its shape")
+                raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, to be kept")
     else:
         tokenizer = make_tokenizer(cfg.tokenizer)
         if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
@@ -172,10 +178,10 @@ def train(cfg):
                               width=cfg.width, heads=cfg.heads)).to(device)
     rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
     room = lambda row: len(row["ids"]) + cfg.max_new <= model.cfg.context
-    val, test = (usable(x, room, f"held out, and prompt + --max_new {cfg.max_new} exceed the context") for x in (val, test))
+    val, test = (usable(x, room, f"held out, and prompt + --max_new {cfg.max_new} exceed it") for x in (val, test))
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"sft: {parameters:,} parameters on {device.type}, {len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
+    print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
+          f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
     out = Folder(cfg, tokenizer, Guard())
     first, saved = out.begin(model, optimizer)
     before = saved.get("before") or ({"loss": heldout_loss(model, test, cfg, device)} if test else {})

@@ -136,8 +136,7 @@ class KVCache:
         return y.view(B, H, 1, D)
 
     def prefilled(self, length, group, max_new):
-        """After the prefill: every row G times, room for the answers, pads of prompts shorter than P masked. length
-        (B,)."""
+        """After the prefill: every row G times, room for the answers, the pads of short prompts masked. length (B,)."""
         k = self.layers[0][0]
         self.used = P = k.size(2)
         if length.min() < P:
@@ -192,8 +191,7 @@ class Block(nn.Module):
 
 
 def row_logits(hidden, weight, temperature):
-    """Tempered logits of some rows, float32 or wider. hidden (n, C), weight (V, C) -> (n, V). The sampler and the
-    scorer share this."""
+    """Tempered logits, float32 or wider: hidden (n, C), weight (V, C) -> (n, V). The sampler and the scorer share this."""
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits.div_(temperature)
@@ -266,18 +264,15 @@ LOOK = {"cpu": 1}     # decoding steps between looks for finished rows; a look w
 
 
 def autocast(device):
-    """bf16 matrix products over float32 weights, where the device is in BF16. Inside one such block each weight is cast
-    only once."""
+    """bf16 matrix products over float32 weights, where the device is in BF16; in one such block a weight is cast once."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
 
 
 def sample(p, generator=None):
-    """One draw from each row of p (n, V) -> (n,), without a wait for the GPU. nan in p gives some id: the guard is to
-    tell, not a crash.
+    """One draw from each row of p (n, V) -> (n,), without a wait for the GPU. nan gives some id: the guard tells of it.
 
     On a CPU by the inverse of the cumulative distribution, 15x faster than torch.multinomial at V = 259; u stays clear
-    of 1, where rounding could pick a token of probability 0. Elsewhere by a race of exponentials, the arg min of E_v /
-    p_v.
+    of 1, where rounding could pick a token of probability 0. Elsewhere by a race of exponentials, arg min E_v / p_v.
     """
     if p.device.type != "cpu":
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
@@ -332,8 +327,8 @@ class GPT(nn.Module):
             return self.norm(x)
 
     def token_logp(self, tokens, mask=None, temperature=1.0, at=None):
-        """logp, entropy (B, T), float32 or wider: logp[b, t] = log π(tokens[b, t] | tokens[b, :t]); 0 where the mask is
-        0 and at t = 0.
+        """logp, entropy (B, T), float32 or wider: logp[b, t] = log π(tokens[b, t] | tokens[b, :t]); 0 at t = 0 and off
+        the mask.
 
         Only positions under the mask meet the vocabulary; no mask means every position but the first. `at`, the flat
         indices of those positions, saves a wait for the GPU where the caller knows them (see micro_batches).
@@ -405,7 +400,7 @@ class GPT(nn.Module):
         column = torch.arange(T, device=device)
         mask = (column >= length.to(device)[:, None]) & (column < total[:, None])            # (N, T)
         given = torch.arange(max_new, device=device) < count[:, None]                 # (N, max_new), as many as in mask
-        out = F.pad(tokens.repeat_interleave(group, 0).to(device), (0, T - P), value=pad)    # (N, T); T < P cuts pads
+        out = F.pad(tokens.repeat_interleave(group, 0).to(device), (0, T - P), value=pad)    # (N, T)
         out, logp = out.masked_scatter(mask, answer[given]), logp.new_zeros(N, T).masked_scatter(mask, logp[given])
         return out, mask.float(), logp
 
@@ -417,8 +412,7 @@ class ScalarModel(nn.Module):
     """A trunk with one number per position: a reward model or a critic, by the read-out that is used."""
 
     def __init__(self, trunk, std=0.0):
-        """std of the head's first weights: 1 / sqrt(C + 1) for a reward model, 0 for a critic that starts by expecting
-        nothing."""
+        """std of the head's first weights: 1 / sqrt(C + 1) for a reward model, 0 for a critic that expects nothing."""
         super().__init__()
         self.trunk, self.head = trunk, nn.Linear(trunk.cfg.width, 1)
         nn.init.normal_(self.head.weight, std=std)

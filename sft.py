@@ -152,10 +152,10 @@ def heldout_loss(model, rows, cfg, device):
 
 
 def report(model, tokenizer, rows, cfg, device, samples=8):
-    """Held-out loss of demonstrations, and what evaluate says of the answers; and the greedy answers."""
+    """Held-out loss of demonstrations; and, with samples, what evaluate says of the answers, and the greedy ones."""
     if not rows:
         return {}, []
-    found, texts = evaluate(model, tokenizer, rows, score, cfg.max_new, samples)
+    found, texts = evaluate(model, tokenizer, rows, score, cfg.max_new, samples) if samples else ({}, [])
     return {"loss": heldout_loss(model, rows, cfg, device)} | found, texts
 
 
@@ -178,13 +178,13 @@ def train(cfg):
                               width=cfg.width, heads=cfg.heads)).to(device)
     rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
     room = lambda row: len(row["ids"]) + cfg.max_new <= model.cfg.context
-    val, test = (usable(x, room, f"held out, and prompt + --max_new {cfg.max_new} exceed it") for x in (val, test))
+    val, test = (usable(x, room, f"held out; prompt + --max_new {cfg.max_new} exceed {model.cfg.context}") for x in (val, test))
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
     out = Folder(cfg, tokenizer, Guard())
     first, saved = out.begin(model, optimizer)
-    before = saved.get("before") or ({"loss": heldout_loss(model, test, cfg, device)} if test else {})
+    before = saved.get("before") or report(model, tokenizer, test, cfg, device, samples=8 if cfg.init else 0)[0]
     todo = batches(rows, cfg.batch, cfg.seed, start=first)
 
     for step in range(first + 1, cfg.steps + 1):

@@ -118,6 +118,12 @@ def test_the_reference_moves_by_its_one_rule(home, tmp_path):
     assert all(row["clip_low"] == row["clip_high"] == 0 for row in fixed[1:])       # a single update a rollout: the clip is idle
 
 
+def test_curves_are_drawn_where_matplotlib_is(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert script("grpo.py", *QUICK, "--init", small, "--out", "out", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "out/curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
 def test_own_data_end_to_end(tmp_path):
     """GSM8K's format: SFT, then GRPO from that checkpoint; the held-out rows are found by hash or given by --test."""
     rows = [{"question": f"What is {i} + {j}?", "answer": f"It is <<{i}+{j}={i + j}>>{i + j}.\n#### {i + j}"} for i in range(20) for j in range(20)]

@@ -62,7 +62,7 @@ class Config:
     warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
     # watching
-    eval_every: int = 5           # rollouts between evaluations on validation prompts, and between checkpoints
+    eval_every: int = 10          # rollouts between evaluations on validation prompts, and between checkpoints
     max_kl: float = 50.0          # the guard's limit for the KL to the reference, nats an answer
     guard: bool = True            # stop a run that has gone wrong, and say why
 

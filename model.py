@@ -74,8 +74,8 @@ def make_norm(cfg, width):
 
 @functools.cache
 def rope_table(context, dim, base, scaling, device):
-    """cos and sin of position x frequency, (context, D / 2). Not a buffer: a model cast to bf16 must keep its angles in
-    float32."""
+    """cos, sin of position x frequency, (context, D / 2). Not a buffer: a model cast to bf16 must keep float32
+    angles."""
     freq = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)                     # (D/2,)
     if scaling:                                   # Llama 3: slow the frequencies that the first training never saw turn
         factor, low, high, original = scaling
@@ -191,7 +191,8 @@ class Block(nn.Module):
 
 
 def row_logits(hidden, weight, temperature):
-    """Tempered logits, float32 or wider: hidden (n, C), weight (V, C) -> (n, V). The sampler and the scorer share this."""
+    """Tempered logits, float32 or wider: hidden (n, C), weight (V, C) -> (n, V). The sampler and the scorer share
+    this."""
     logits = F.linear(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits.div_(temperature)
@@ -201,7 +202,7 @@ class LinearLogp(torch.autograd.Function):
     """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: rows are walked in chunks, one log-sum-exp
     a row is kept, and backward computes each chunk's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ."""
 
-    CHUNK = 2 ** 24                                     # logits in a chunk; two chunks are alive, 64 MB each in float32
+    CHUNK = 12 * 2 ** 20                                # logits in a chunk; two chunks are alive, 48 MiB each in float32
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -264,7 +265,8 @@ LOOK = {"cpu": 1}     # decoding steps between looks for finished rows; a look w
 
 
 def autocast(device):
-    """bf16 matrix products over float32 weights, where the device is in BF16; in one such block a weight is cast once."""
+    """bf16 matrix products over float32 weights, where the device is in BF16; in one such block a weight is cast
+    once."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
 
 
@@ -427,7 +429,7 @@ class ScalarModel(nn.Module):
         return F.pad(self(tokens)[:, :-1], (1, 0))
 
     def score(self, tokens, mask):
-        """(B,): read at the last answer token itself, the end token, after the last choice. One column right of its
+        """(B,): read at the last answer token itself, the end token, after the last choice: one column right of
         value."""
         last = (torch.arange(tokens.size(1), device=mask.device) * (mask > 0)).amax(1)
         return self(tokens)[torch.arange(len(tokens), device=tokens.device), last]
@@ -437,8 +439,7 @@ class ScalarModel(nn.Module):
 
 
 def make_tokenizer(name="bytes"):
-    """A tiktoken Encoding: "bytes" is built in (256 bytes, no download); any other name is tiktoken's own. ChatML's two
-    marks are added."""
+    """A tiktoken Encoding: "bytes" is built in, any other name is tiktoken's own; ChatML's two marks are added."""
     if name == "bytes":
         pattern, ranks, special = r"(?s:.+)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
     else:
@@ -463,8 +464,7 @@ def stop_ids(tokenizer):
 
 
 def encode_chat(tokenizer, messages):
-    """ChatML -> ids, mask: 1 on what the assistant wrote and the mark that ends its turn, 0 on all else, headers
-    included."""
+    """ChatML -> ids, mask: 1 on what the assistant wrote and the mark that ends its turn, 0 on headers and all else."""
     start, end = tokenizer.encode_single_token("<|im_start|>"), tokenizer.encode_single_token("<|im_end|>")
     ids, mask = [], []
     for m in messages:
@@ -477,8 +477,7 @@ def encode_chat(tokenizer, messages):
 
 
 def prompt_ids(tokenizer, row):
-    """What the model reads before it answers: the prompt as it is, or the messages up to the assistant's last turn and
-    that turn's header."""
+    """What the model reads before it answers: the prompt, or the turns before the assistant's last and its header."""
     if "messages" not in row:
         return tokenizer.encode_ordinary(row["prompt"])
     return encode_chat(tokenizer, asked(row["messages"]) + [{"role": "assistant", "content": ""}])[0][:-1]
@@ -502,8 +501,7 @@ def answers(tokenizer, tokens, mask, stop):
 
 
 def save(folder, model, tokenizer, name="ckpt.pt", **state):
-    """Write folder/name in one step: whoever reads it finds the old file or the new one, whole, whatever happens in
-    between."""
+    """Write folder/name in one step: a reader finds the old file or the new one, whole, whatever happens in between."""
     trunk = getattr(model, "trunk", model)
     data = dict(kind=type(model).__name__, config=asdict(trunk.cfg), tokenizer=tokenizer.name, model=model.state_dict())
     path = os.path.join(folder, name)
@@ -553,16 +551,14 @@ def load(path, device="cpu"):
 
 
 def part(prompt):
-    """"train", "val" (1 in 20: settings are chosen on these) or "test" (1 in 20: reported numbers), by a hash that
-    never changes."""
+    """"train", "val" (1 in 20, to choose settings by) or "test" (1 in 20, to report), by a hash that never changes."""
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
     return {0: "val", 1: "test"}.get(int(digest, 16) % 20, "train")
 
 
 def sums(n, which, seed=0):
     """n rows of the built-in task: "5+8+7=", 3 to 6 digits from 1 to 9, and their sum in two digits. Prompts that are
-    held out are distinct, so that there are fewer short ones: a twentieth of the 729 prompts of 3 terms is all there
-    is."""
+    held out are distinct, so there are fewer short ones: a twentieth of the 729 prompts of 3 terms is all there is."""
     rng, rows, seen, lengths = random.Random(f"{which} {seed}"), [], set(), [3, 4, 5, 6]
     while len(rows) < n:
         k = rng.choice(lengths)
@@ -636,8 +632,8 @@ def usable(rows, good, why):
 
 
 def split(rows, test=None):
-    """Train, val and test rows by the hash of the prompt; or val by the hash, the given test rows, and all other
-    prompts to train on."""
+    """Train, val and test rows by the hash of the prompt; or val by it, the given test rows, and the others to
+    train."""
     parts = {"train": [], "val": [], "test": []}
     for row in rows:
         parts[part(row["prompt"])].append(row)
@@ -702,8 +698,8 @@ def boxed(text):
 
 
 def batches(rows, size, seed, start=0):
-    """Endless batches of `size` rows, each epoch shuffled by (seed, epoch) alone: a resumed run skips `start` batches
-    and goes on."""
+    """Endless batches of `size` rows, each epoch shuffled by (seed, epoch) alone; a resumed run skips `start` of
+    them."""
     order, epoch = [], 0
     while True:
         while len(order) < size:
@@ -717,21 +713,19 @@ def batches(rows, size, seed, start=0):
 
 
 def pad_batch(sequences, masks):
-    """Lists of token ids and of 0/1 -> tokens (B, T) int64 and mask (B, T), right-padded with 0; the mask, not the id,
-    says what is a pad."""
+    """Lists of token ids and of 0/1 -> tokens (B, T) int64, mask (B, T), right-padded with 0; a pad is what mask
+    says."""
     T = max(map(len, sequences))
     tokens = torch.tensor([list(x) + [0] * (T - len(x)) for x in sequences])
     return tokens, torch.tensor([list(x) + [0] * (T - len(x)) for x in masks], dtype=torch.float32)
 
 
 def micro_batches(mask, rows, budget, device):
-    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together, each trimmed to its
-    longest.
+    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together and trimmed to fit.
 
-    budget 0 is 1024 on a CPU, where short pieces save more pads than they cost calls (a seventh of an SFT step), and
-    16384 elsewhere. mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions
-    of the mask in tokens[j, :t], which is token_logp's `at`. All is known before the GPU starts, so nothing waits for
-    it.
+    mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions of the mask in
+    tokens[j, :t], which is token_logp's `at`. All is known before the GPU starts, so nothing waits for it. budget 0 is
+    1024 on a CPU, where short pieces save more pads than they cost calls (a seventh of an SFT step), else 16384.
     """
     budget = budget or (1024 if device.type == "cpu" else 16384)
     width = ((mask > 0) * torch.arange(1, mask.size(1) + 1)).amax(1).clamp(min=1)[rows]      # columns a row needs
@@ -749,8 +743,7 @@ def micro_batches(mask, rows, budget, device):
 
 @torch.no_grad()
 def frozen_logp(model, tokens, mask, temperature, budget):
-    """token_logp of a whole rollout without gradient, in micro-batches. mask (B, T) on the CPU -> logp, entropy (B,
-    T)."""
+    """token_logp of a whole rollout without gradient, in pieces. mask (B, T) on the CPU -> logp, entropy (B, T)."""
     dtype = torch.promote_types(model.unembedding.dtype, torch.float32)
     logp, entropy = torch.zeros((2, *tokens.shape), dtype=dtype, device=tokens.device)
     for j, t, at in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
@@ -873,8 +866,7 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0):
 
 
 def distinct(tokens, mask, n=2):
-    """Distinct-n of a batch of answers: different n-grams over all n-grams; falls when every answer becomes the
-    same."""
+    """Distinct-n of a batch of answers: different n-grams over all n-grams; falls as answers become the same."""
     both = mask.cpu()[:, n - 1:] > 0
     for i in range(n - 1):
         both &= mask.cpu()[:, i:i - n + 1] > 0
@@ -944,8 +936,7 @@ def setup(seed):
 
 
 def make_first(folder, script, default, seed):
-    """Run the script that makes the checkpoint in `folder`, if that is the default one and is missing or was left
-    unfinished."""
+    """Run the script that makes the checkpoint in `folder`, if that is the default one and missing or unfinished."""
     state = read_checkpoint(folder) if os.path.exists(os.path.join(folder, "ckpt.pt")) else None
     if folder != default or state and state.get("finished"):
         return
@@ -957,8 +948,7 @@ def make_first(folder, script, default, seed):
 
 
 class Guard:
-    """Says when a run has gone wrong, and by which rule. It remembers nothing but counts, which a resumed run replays
-    from its metrics."""
+    """Says when a run has gone wrong, and by which rule. It keeps only counts, which a resumed run replays."""
 
     def __init__(self, max_kl=float("inf"), patience=5, barren=50):
         self.max_kl, self.limit, self.count = max_kl, {"kl": patience, "end": patience, "barren": barren}, {}

@@ -51,7 +51,7 @@ class Config:
     width: int = 96               # C, the residual stream
     heads: int = 3                # attention heads of size C / heads
     # optimisation
-    steps: int = 1000             # optimiser steps
+    steps: int = 1200             # optimiser steps
     batch: int = 64               # examples in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     lr: float = 3e-3              # peak rate of AdamW; for a real pretrained model 1e-5

@@ -160,7 +160,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"grpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, tokenizer, Guard(cfg.max_kl))
+    out = Folder(cfg, tokenizer, Guard(cfg.max_kl) if cfg.guard else None)
     first, saved = out.begin(policy, optimizer)
     if saved:
         reference.load_state_dict(saved["reference"])

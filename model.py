@@ -974,7 +974,7 @@ class Folder:
     `begin`."""
 
     def __init__(self, cfg, tokenizer, guard):
-        self.cfg, self.out, self.tokenizer, self.guard = cfg, cfg.out, tokenizer, guard if cfg.guard else None
+        self.cfg, self.out, self.tokenizer, self.guard = cfg, cfg.out, tokenizer, guard
         self.rows, self.clock = [], None
 
     def path(self, name):

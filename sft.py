@@ -182,7 +182,7 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, tokenizer, Guard())
+    out = Folder(cfg, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(model, optimizer)
     before = saved.get("before") or report(model, tokenizer, test, cfg, device, samples=8 if cfg.init else 0)[0]
     todo = batches(rows, cfg.batch, cfg.seed, start=first)

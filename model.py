@@ -538,13 +538,17 @@ def load(path, device="cpu"):
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"{path}: its config does not describe a model ({e})") from None
     model = model if data["kind"] == "GPT" else ScalarModel(model)
-    own = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    got = {name: tuple(x.shape) for name, x in data["model"].items()}
+    load_weights(model, data["model"], path, "its config asks for")
+    return model.to(device), make_tokenizer(data["tokenizer"])
+
+
+def load_weights(model, weights, where, wanted):
+    """load_state_dict, after the first tensor that is missing, unknown or of another shape has been told."""
+    own, got = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), weights))
     for name in sorted(own.keys() | got.keys()):
         if own.get(name) != got.get(name):
-            raise InputError(f"{path}: tensor {name} has shape {got.get(name)}, its config asks for {own.get(name)}")
-    model.load_state_dict(data["model"])
-    return model.to(device), make_tokenizer(data["tokenizer"])
+            raise InputError(f"{where}: tensor {name} has shape {got.get(name)}, {wanted} {own.get(name)}")
+    model.load_state_dict(weights)
 
 
 # -------------------------------------------------------------------------------------------- prompts, rows and numbers
@@ -776,12 +780,13 @@ class Optimizers:
 
     def load_state_dict(self, state):
         """The moments alone: rates and decay are those of this run's settings."""
-        if len(state) != len(self.parts):
-            raise InputError("the checkpoint was left by another choice of optimisers (--muon_lr)")
+        fits = len(state) == len(self.parts)
         for part, moments in zip(self.parts, state):
             for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
-                if any(x.dim() and x.shape != p.shape for x in moments.get(i, {}).values()):
-                    raise InputError("the checkpoint was left by another choice of optimisers (--muon_lr)")
+                fits = fits and all(not x.dim() or x.shape == p.shape for x in moments.get(i, {}).values())
+        if not fits:
+            raise InputError("the checkpoint was left by another choice of optimisers (--muon_lr)")
+        for part, moments in zip(self.parts, state):
             part.load_state_dict(part.state_dict() | {"state": moments})
 
 
@@ -912,11 +917,15 @@ def parse_config(Config, argv=None):
             saved = dict(json.load(f))
         except (ValueError, TypeError) as e:
             raise InputError(f"{path}: not a run's settings ({e})") from None
-    script = inspect.getmodule(Config).__doc__.split(":")[0].strip()
-    if saved.get("script") != script:
-        raise InputError(f"{cfg.out}: this is a run of {saved.get('script')}, not of {script}")
+    if saved.get("script") != script_name(Config):
+        raise InputError(f"{cfg.out}: this is a run of {saved.get('script')}, not of {script_name(Config)}")
     parser.set_defaults(**{name: x for name, x in saved.items() if name in comment and name not in ("out", "resume")})
     return parsed()
+
+
+def script_name(Config):
+    """The first word of a script's docstring: SFT, GRPO."""
+    return inspect.getmodule(Config).__doc__.split(":")[0].strip()
 
 
 def check(cfg, **least):
@@ -988,11 +997,8 @@ class Folder:
         """
         state = read_checkpoint(self.out) if self.cfg.resume else {"step": 0, "more": {}}
         if self.cfg.resume:
-            try:
-                model.load_state_dict(state["model"])
-            except RuntimeError as e:
-                why = str(e).splitlines()[1].strip()
-                raise InputError(f"{self.out}: its checkpoint has another shape than the flags say ({why})") from None
+            where = f"{self.out}: its checkpoint has another shape than the flags say"
+            load_weights(model, state["model"], where, "they ask for")
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
             if torch.cuda.is_available() and "rng_cuda" in state:
@@ -1017,8 +1023,8 @@ class Folder:
             os.rename(self.out, old)
             print(f"{self.out}: the earlier run is kept as {old}")
         os.makedirs(self.out, exist_ok=True)
-        script = inspect.getmodule(type(self.cfg)).__doc__.split(":")[0].strip()
-        self.write("config.json", json.dumps({"script": script} | asdict(self.cfg) | {"resume": False}, indent=2))
+        settings = {"script": script_name(type(self.cfg))} | asdict(self.cfg) | {"resume": False}
+        self.write("config.json", json.dumps(settings, indent=2))
         self.metrics = open(self.path("metrics.jsonl"), "a", buffering=1, encoding="utf-8")
 
     def write(self, name, text):

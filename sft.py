@@ -142,7 +142,7 @@ def demonstrations(cfg, tokenizer, context):
 
 
 def heldout_loss(model, rows, cfg, device):
-    """Nats per response token, and the number of such tokens."""
+    """Nats per response token."""
     total = count = 0
     for i in range(0, len(rows), 256):
         tokens, mask = pad_batch([row["tokens"] for row in rows[i:i + 256]], [row["mask"] for row in rows[i:i + 256]])

@@ -18,9 +18,8 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from grpo import score  # noqa: E402
-from model import answers, evaluate, load, read_checkpoint, sums  # noqa: E402
+from model import answers, evaluate, load, sums  # noqa: E402
 
-CPU = torch.device("cpu")
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}     # Student's t, two-sided 95%, by number of seeds
 
 
@@ -106,8 +105,7 @@ def main():
         for key in rows[0]:
             values = [row[key] for row in rows]
             print(f"    {key:36} {interval(values)}    {min(values):.3f} to {max(values):.3f}")
-    if len(seeds):
-        figure([f"out/compare/grpo_{seed}" for seed in seeds], "assets/grpo.png")
+    figure([f"out/compare/grpo_{seed}" for seed in seeds], "assets/grpo.png")
 
 
 if __name__ == "__main__":

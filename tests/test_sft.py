@@ -65,7 +65,7 @@ def test_garbage_outside_the_mask_changes_nothing_and_inputs_stay():
 
 def test_demonstrators_get_lazier_and_56_percent_are_right():
     rng, rows = random.Random(0), sums(20_000, "train", 1)
-    right = careful = 0
+    right = 0
     by_length = {3: [], 4: [], 5: [], 6: []}
     for row in rows:
         text = sft.demonstrate(row["prompt"], rng)

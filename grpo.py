@@ -118,17 +118,21 @@ def score(row, text):
     return float(number is not None and number == answer_number(row["answer"]))
 
 
-def prompts(cfg, tokenizer, context):
-    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"."""
+def prompts(cfg, tokenizer, context, rule=True):
+    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say what
+    is right."""
+    known = lambda row: "two_digits" in row or answer_number(str(row.get("answer"))) is not None
+
     def ready(rows):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
-        known = lambda row: "two_digits" in row or answer_number(row["answer"]) is not None
-        rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in usable(rows, known, 'no number in "answer"')]
+        rows = usable(rows, known, 'no number in "answer"') if rule else rows
+        rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
         fits = lambda row: len(row["ids"]) + cfg.max_new <= context
         return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens")
 
     if cfg.data:
-        return split(*[ready(read_rows(path, "prompt", "answer")) for path in (cfg.data, cfg.test) if path])
+        needed = ("prompt", "answer") if rule else ("prompt",)
+        return split(*[ready(read_rows(path, *needed)) for path in (cfg.data, cfg.test) if path])
     return [ready(rows) for rows in (sums(20_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test"))]
 
 
@@ -160,7 +164,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"grpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, tokenizer, Guard(cfg.max_kl) if cfg.guard else None)
+    out = Folder(cfg, cfg.steps, tokenizer, Guard(cfg.max_kl) if cfg.guard else None)
     first, saved = out.begin(policy, optimizer)
     if saved:
         reference.load_state_dict(saved["reference"])

@@ -424,6 +424,12 @@ class ScalarModel(nn.Module):
         """(B, T) -> (B, T): the number after reading tokens[b, :t + 1], in the head's own precision."""
         return self.head(self.trunk(tokens).to(self.head.weight.dtype))[..., 0]
 
+    def read(self, tokens, mask):
+        """Both read-outs, value (B, T) and score (B,), in one forward."""
+        after = self(tokens)                                                                 # (B, T)
+        last = (torch.arange(tokens.size(1), device=mask.device) * (mask > 0)).amax(1, keepdim=True)
+        return F.pad(after[:, :-1], (1, 0)), after.gather(1, last.to(after.device))[:, 0]
+
     def value(self, tokens):
         """(B, T): value[b, t] is that of tokens[b, :t], before token t is chosen; the empty prefix has 0."""
         return F.pad(self(tokens)[:, :-1], (1, 0))
@@ -431,8 +437,7 @@ class ScalarModel(nn.Module):
     def score(self, tokens, mask):
         """(B,): read at the last answer token itself, the end token, after the last choice: one column right of
         value."""
-        last = (torch.arange(tokens.size(1), device=mask.device) * (mask > 0)).amax(1)
-        return self(tokens)[torch.arange(len(tokens), device=tokens.device), last]
+        return self.read(tokens, mask)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenizer
@@ -483,6 +488,14 @@ def prompt_ids(tokenizer, row):
     return encode_chat(tokenizer, asked(row["messages"]) + [{"role": "assistant", "content": ""}])[0][:-1]
 
 
+def encode_answer(tokenizer, row, text):
+    """Prompt, answer and end token -> tokens, mask. Prompt and answer are encoded apart, so the mask's edge is exact."""
+    ids = prompt_ids(tokenizer, row)
+    end = tokenizer.encode_single_token("<|im_end|>") if "messages" in row else tokenizer.eot_token
+    answer = tokenizer.encode_ordinary(text) + [end]
+    return ids + answer, [0] * len(ids) + [1] * len(answer)
+
+
 def asked(messages):
     """The turns before the assistant's last one."""
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -530,9 +543,12 @@ def read_checkpoint(folder):
         raise InputError(f"{path}: not a nanoPO checkpoint ({type(e).__name__})") from e
 
 
-def load(path, device="cpu"):
-    """A checkpoint folder -> model, tokenizer."""
+def load(path, device="cpu", kind=None):
+    """A checkpoint folder -> model, tokenizer. kind: "GPT" or "ScalarModel" where nothing else will do."""
     data = read_checkpoint(path)
+    if kind and data["kind"] != kind:
+        name = {"GPT": "a policy", "ScalarModel": "a reward model"}
+        raise InputError(f"{path}: this is {name.get(data['kind'], data['kind'])}, and {name[kind]} is needed here")
     try:
         model = GPT(GPTConfig(**data["config"]))
     except (TypeError, ValueError, RuntimeError) as e:
@@ -540,6 +556,20 @@ def load(path, device="cpu"):
     model = model if data["kind"] == "GPT" else ScalarModel(model)
     load_weights(model, data["model"], path, "its config asks for")
     return model.to(device), make_tokenizer(data["tokenizer"])
+
+
+def load_reward(path, policy, tokenizer):
+    """The frozen reward model in `path`, made for the texts and the shape of this policy; None for "rule"."""
+    if path == "rule":
+        return None
+    model, own = load(path, policy.device, "ScalarModel")
+    facts = [("tokenizer", own.name, tokenizer.name)]
+    facts += [(name, getattr(model.trunk.cfg, name), getattr(policy.cfg, name)) for name in ("width", "context")]
+    for name, theirs, ours in facts:
+        if theirs != ours:
+            raise InputError(f"--reward {path}: made for {name} {theirs}, and the policy has {ours}; run reward.py --init "
+                             f"with the policy's checkpoint")
+    return model.requires_grad_(False)
 
 
 def load_weights(model, weights, where, wanted):
@@ -607,14 +637,51 @@ def read_rows(path, *needed):
                 row |= {"prompt": "\n".join(said), "response": row["messages"][-1]["content"]}
             if isinstance(row.get("answer"), (int, float)) and not isinstance(row["answer"], bool):
                 row["answer"] = format(Decimal(repr(row["answer"])), "f")                    # 1e-05 -> 0.00001
-            for name in needed:
-                if not isinstance(row.get(name), str):
-                    problem = "is missing" if row.get(name) is None else f"is {type(row[name]).__name__}, not text"
-                    raise InputError(f'{at}: field "{name}" {problem}; a row needs {", ".join(needed)}')
             rows.append(row | {"at": at})
+            need_text(rows[-1], *needed)
     if not rows:
         raise InputError(f"{path}: the file is empty")
     return rows
+
+
+def read_preferences(path):
+    """JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one for each pair.
+
+    Read are pairs, with a number "margin" if there is one; pairs without "prompt", which are dialogues as HH-RLHF has
+    them, split behind the last "\n\nAssistant:"; and {"prompt", "responses": [best, ..., worst]}, with "ranks" where some
+    tie, as all the pairs that it implies. Pairs that say nothing are dropped and counted.
+    """
+    rows, last = [], "\n\nAssistant:"
+    for row in read_rows(path):
+        if "responses" in row:
+            texts, ranks = row["responses"], row.get("ranks")
+            if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(x, str) for x in texts):
+                raise InputError(f'{row["at"]}: field "responses" must be a list of two texts or more, the best first')
+            ranks = list(range(len(texts))) if ranks is None else ranks
+            if not isinstance(ranks, list) or len(ranks) != len(texts) or not all(type(r) is int for r in ranks):
+                raise InputError(f'{row["at"]}: field "ranks" must be a list of whole numbers, one for each response')
+            some = [{"chosen": w, "rejected": l} for w, i in zip(texts, ranks) for l, j in zip(texts, ranks) if i < j]
+            row = {name: x for name, x in row.items() if name not in ("responses", "ranks")}
+            rows += [row | pair for pair in some or [{"chosen": texts[0], "rejected": texts[0]}]]
+        elif "prompt" not in row and all(isinstance(row.get(x), str) and last in row[x] for x in ("chosen", "rejected")):
+            (prompt, _, chosen), (other, _, rejected) = (row[x].rpartition(last) for x in ("chosen", "rejected"))
+            rows.append(row | {"prompt": prompt + last, "other": other + last, "chosen": chosen, "rejected": rejected})
+        else:
+            rows.append(row)
+    for row in rows:
+        need_text(row, "prompt", "chosen", "rejected")
+        if type(row.get("margin", 0)) not in (int, float) or not math.isfinite(row.get("margin", 0)):
+            raise InputError(f'{row["at"]}: field "margin" must be a number')
+    rows = usable(rows, lambda row: row["prompt"] == row.get("other", row["prompt"]), "the two prompts differ")
+    rows = usable(rows, lambda row: all(row[x].strip() for x in ("prompt", "chosen", "rejected")), "a text is empty")
+    return usable(rows, lambda row: row["chosen"] != row["rejected"], "chosen and rejected are equal, or all answers tie")
+
+
+def need_text(row, *needed):
+    for name in needed:
+        if not isinstance(row.get(name), str):
+            problem = "is missing" if row.get(name) is None else f"is {type(row[name]).__name__}, not text"
+            raise InputError(f'{row["at"]}: field "{name}" {problem}; a row needs {", ".join(needed)}')
 
 
 def check_messages(messages, at, answered):
@@ -724,8 +791,9 @@ def pad_batch(sequences, masks):
     return tokens, torch.tensor([list(x) + [0] * (T - len(x)) for x in masks], dtype=torch.float32)
 
 
-def micro_batches(mask, rows, budget, device):
-    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together and trimmed to fit.
+def micro_batches(mask, rows, budget, device, group=1):
+    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together and trimmed to fit; a
+    row that stands for `group` sequences, which must stay together, counts as so many.
 
     mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions of the mask in
     tokens[j, :t], which is token_logp's `at`. All is known before the GPU starts, so nothing waits for it. budget 0 is
@@ -736,7 +804,7 @@ def micro_batches(mask, rows, budget, device):
     width, order = width.sort(stable=True)
     rows = rows[order]
     while len(rows):
-        take = max(1, int((width * torch.arange(1, len(rows) + 1) <= budget).sum()))
+        take = max(1, int((width * group * torch.arange(1, len(rows) + 1) <= budget).sum()))
         j, t = rows[:take], int(width[take - 1])
         at = F.pad(mask[j, 1:t] > 0, (1, 0)).flatten().nonzero()[:, 0]
         if device.type == "cuda":
@@ -753,6 +821,16 @@ def frozen_logp(model, tokens, mask, temperature, budget):
     for j, t, at in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
         logp[j, :t], entropy[j, :t] = model.token_logp(tokens[j, :t], None, temperature, at)
     return logp, entropy
+
+
+@torch.no_grad()
+def frozen_scalars(model, tokens, mask, budget):
+    """value (B, T) and score (B,) of a whole rollout without gradient, in pieces. mask (B, T) on the CPU."""
+    value = torch.zeros(tokens.shape, device=tokens.device, dtype=model.head.weight.dtype)
+    score = value.new_zeros(len(tokens))
+    for j, t, _ in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
+        value[j, :t], score[j] = model.read(tokens[j, :t], mask.to(tokens.device)[j, :t])
+    return value, score
 
 
 class Optimizers:
@@ -807,11 +885,12 @@ def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, betas=(0.9, 0.95), 
     return Optimizers(adamw, torch.optim.Muon(muon.values(), lr=muon_lr, **alike))
 
 
-def set_lr(optimizer, step, steps, warmup=0, floor=0.0):
-    """Every group's rate as a share of its own peak, steps 1 .. steps: linear warm-up, then half a cosine down to
-    `floor`. Returns the first group's rate."""
+def set_lr(optimizer, step, steps, warmup=0, floor=0.0, linear=False):
+    """Every group's rate as a share of its own peak, steps 1 .. steps: linear warm-up, then half a cosine, or a line,
+    down to `floor`. Returns the first group's rate."""
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
-    share = step / warmup if step <= warmup else floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    left = (steps + 1 - step) / max(1, steps - warmup) if linear else 0.5 * (1 + math.cos(math.pi * done))
+    share = step / warmup if step <= warmup else floor + (1 - floor) * left
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]
     return optimizer.param_groups[0]["lr"]
@@ -835,21 +914,22 @@ class Mean:
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0):
+def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, watch=None):
     """How a policy does on rows with "ids" (the encoded prompt): one greedy answer each, and `samples` at temperature
     1.
 
     Returns a dict and the list of greedy texts. greedy: accuracy by `score`, an answer that did not end being wrong;
     acc: the same at temperature 1; pass@k, k = samples: any of them right; end: share that ended at temperature 1;
-    length: their mean tokens, end token included. Rows that do not say what is right have no accuracies. The noise has
-    a seed of its own: evaluating changes nothing in a training run, and is the same before and after.
+    length: their mean tokens, end token included. Rows that do not say what is right have no accuracies. `watch(rows,
+    tokens, mask, texts)` -> {name: (B,)} looks at the answers at temperature 1 too, and its means are reported. The
+    noise has a seed of its own: evaluating changes nothing in a training run, and is the same before and after.
     """
     if not rows:
         return {}, []
     generator = torch.Generator(model.device).manual_seed(seed)
     longest = max(len(row["ids"]) for row in rows) + max_new
     size = max(1, 2 ** 17 // (samples * longest))                    # prompts at a time: 131,072 tokens in the cache
-    greedy, right, ended, length, shown = [], [], [], [], []
+    greedy, right, ended, length, shown, watched = [], [], [], [], [], Mean()
     known = all("two_digits" in row or "answer" in row for row in rows)
     judge = lambda row, text: known and text is not None and score(row, text) > 0
     for i in range(0, len(rows), size):
@@ -864,10 +944,13 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0):
         right += [judge(chunk[j // samples], text) for j, text in enumerate(texts)]
         ended += [text is not None for text in texts]
         length += mask.sum(1).tolist()
+        if watch:
+            found = watch([row for row in chunk for _ in range(samples)], tokens, mask.cpu(), texts)
+            watched.add({name: x.mean() for name, x in found.items()}, len(texts))
     right = torch.tensor(right, dtype=torch.float32).view(-1, samples)
     mean = lambda x: sum(x) / len(x)
     accuracies = {"greedy": mean(greedy), "acc": right.mean().item(), f"pass@{samples}": right.amax(1).mean().item()}
-    return (accuracies if known else {}) | {"end": mean(ended), "length": mean(length)}, shown
+    return (accuracies if known else {}) | {"end": mean(ended), "length": mean(length)} | watched.read(), shown
 
 
 def distinct(tokens, mask, n=2):
@@ -903,7 +986,8 @@ def parse_config(Config, argv=None):
 
     def parsed():
         cfg = Config(**vars(parser.parse_args(argv)))
-        cfg.out, cfg.init = (os.path.normpath(path) if path else path for path in (cfg.out, cfg.init))
+        for name in {"out", "init", "reward"} & comment.keys():
+            setattr(cfg, name, getattr(cfg, name) and os.path.normpath(getattr(cfg, name)))
         return cfg
 
     cfg = parsed()
@@ -959,8 +1043,10 @@ def make_first(folder, script, default, seed):
 class Guard:
     """Says when a run has gone wrong, and by which rule. It keeps only counts, which a resumed run replays."""
 
-    def __init__(self, max_kl=float("inf"), patience=5, barren=50):
+    def __init__(self, max_kl=float("inf"), patience=5, barren=50, val=0):
+        """val: validation prompts, which say how far held-out accuracy may fall by chance."""
         self.max_kl, self.limit, self.count = max_kl, {"kl": patience, "end": patience, "barren": barren}, {}
+        self.val, self.best, self.hacked = val, (0.0, 0.0), 0
 
     def check(self, m):
         """The rule that this step's metrics break, or None. Metrics that a script does not have break nothing."""
@@ -976,14 +1062,22 @@ class Guard:
             return f"fewer than 5% of answers end, for {self.count['end']} steps"
         if self.count["barren"] >= self.limit["barren"]:
             return f"no answer of any group was right for {self.count['barren']} steps: there is nothing to learn from"
+        if self.val and "val_acc" in m and "val_score" in m:
+            best, its_score, acc = *self.best, m["val_acc"]
+            noise = 2 * math.sqrt((best * (1 - best) + acc * (1 - acc)) / self.val)                 # two standard errors
+            self.hacked = self.hacked + 1 if acc < best - noise and m["val_score"] > its_score else 0
+            self.best = max(self.best, (acc, m["val_score"]))
+            if self.hacked == 2:
+                return (f"the reward model's score rose from {its_score:.2f} to {m['val_score']:.2f} while held-out accuracy "
+                        f"fell from {best:.3f} to {acc:.3f}: its weaknesses are being used (a larger --kl_beta holds)")
 
 
 class Folder:
     """What a run leaves behind: config.json, metrics.jsonl, ckpt.pt, samples.txt, curves.png. Nothing is written before
     `begin`."""
 
-    def __init__(self, cfg, tokenizer, guard):
-        self.cfg, self.out, self.tokenizer, self.guard = cfg, cfg.out, tokenizer, guard
+    def __init__(self, cfg, steps, tokenizer, guard):
+        self.cfg, self.out, self.steps, self.tokenizer, self.guard = cfg, cfg.out, steps, tokenizer, guard
         self.rows, self.clock = [], None
 
     def path(self, name):
@@ -1036,7 +1130,7 @@ class Folder:
     def save(self, model, optimizer, step, name="ckpt.pt", **more):
         """All that `begin` needs to go on from here; `more` is kept as it is."""
         cuda = {"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-        save(self.out, model, self.tokenizer, name, step=step, finished=step == self.cfg.steps,
+        save(self.out, model, self.tokenizer, name, step=step, finished=step == self.steps,
              optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), more=more, **cuda)
 
     def log(self, step, shown, **metrics):
@@ -1055,10 +1149,10 @@ class Folder:
         self.rows.append(row)
         self.metrics.write(json.dumps(row) + "\n")
         self.clock = self.clock or (step, time.perf_counter())       # time left is told from the second line on
-        left = int((time.perf_counter() - self.clock[1]) / max(1, step - self.clock[0]) * (self.cfg.steps - step))
+        left = int((time.perf_counter() - self.clock[1]) / max(1, step - self.clock[0]) * (self.steps - step))
         numbers = " | ".join(f"{name} {pretty(row[name])}" for name in shown.split() if name in row)
         left = f"{left // 60}:{left % 60:02} left"
-        print(f"step {step:4}/{self.cfg.steps} | {numbers} | {memory:.1f} GB | {left}", flush=True)
+        print(f"step {step:4}/{self.steps} | {numbers} | {memory:.1f} GB | {left}", flush=True)
         return self.guard and self.guard.check(row)
 
     def stop(self, model, optimizer, step, why):

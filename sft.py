@@ -24,13 +24,14 @@ About 56% of them are right, and imitation can hardly do better: that is what gr
 Run:     python sft.py                                    about a minute on two CPU cores -> out/sft
 Yours:   python sft.py --data rows.jsonl --context 1024   {"prompt", "response"} or {"messages": [{"role", "content"}]}
 """
+import json
 import random
 import time
 from dataclasses import dataclass
 
 import torch
 
-from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_chat,
+from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_answer, encode_chat,
                    evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer, micro_batches, pad_batch,
                    prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums, table, usable)
 
@@ -114,13 +115,11 @@ def score(row, text):
 
 def prepare(row, tokenizer):
     """Add what the model reads: "ids" of the prompt, "tokens" of prompt, response and end token, and their "mask"."""
-    ids = prompt_ids(tokenizer, row)
-    if "messages" in row:
+    if "messages" in row:                                                 # every turn of the assistant is trained
         tokens, mask = encode_chat(tokenizer, row["messages"])
-    else:                                                             # apart, so that the boundary of the mask is exact
-        response = tokenizer.encode_ordinary(row["response"]) + [tokenizer.eot_token]
-        tokens, mask = ids + response, [0] * len(ids) + [1] * len(response)
-    return row | {"ids": ids, "tokens": tokens, "mask": mask}
+    else:
+        tokens, mask = encode_answer(tokenizer, row, row["response"])
+    return row | {"ids": prompt_ids(tokenizer, row), "tokens": tokens, "mask": mask}
 
 
 def demonstrations(cfg, tokenizer, context):
@@ -182,8 +181,10 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, tokenizer, Guard() if cfg.guard else None)
+    out = Folder(cfg, cfg.steps, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(model, optimizer)
+    own = lambda row: {name: row[name] for name in ("prompt", "response", "messages") if name in row}
+    out.write("demonstrations.jsonl", "".join(json.dumps(own(row)) + "\n" for row in (val or rows)[:500]))
     before = saved.get("before") or report(model, tokenizer, test, cfg, device, samples=8 if cfg.init else 0)[0]
     todo = batches(rows, cfg.batch, cfg.seed, start=first)
 

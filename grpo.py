@@ -23,14 +23,15 @@ Yours:   python grpo.py --init out/mine --data rows.jsonl --max_new 300     {"pr
 Ablate:  --kl_beta 0     --group 2     --epochs 4     --temperature 0.7
 """
 import copy
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 
 from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate,
-                   frozen_logp, load, main, make_first, make_optimizer, micro_batches, prompt_ids, read_rows, set_lr,
-                   setup, split, sums, table, usable)
+                   frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer, micro_batches,
+                   prompt_ids, read_rows, set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Config:
     data: str = ""                # JSON lines to learn from; "" is the built-in task
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
     init: str = "out/sft"         # checkpoint folder of the policy to start from, and of the reference
+    reward: str = "rule"          # "rule", the function `score` below, or the folder of a reward model
     out: str = "out/grpo"         # folder for the checkpoint, metrics, samples and curves
     seed: int = 0                 # of the order of the data and the sampling
     resume: bool = False          # go on with the run in --out
@@ -47,7 +49,7 @@ class Config:
     group: int = 8                # G, answers to each; their mean reward is the baseline
     max_new: int = 24             # longest answer in tokens; one that has not ended by then is cut
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    no_end_reward: float = 0.0    # reward of an answer that was cut: the rule never sees it
+    no_end_reward: float = 0.0    # reward of an answer that was cut: neither rule nor reward model ever sees it
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     kl_beta: float = 0.02         # β, price of leaving the reference; 0 leaves the policy free
@@ -136,13 +138,35 @@ def prompts(cfg, tokenizer, context, rule=True):
     return [ready(rows) for rows in (sums(20_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test"))]
 
 
+def rewards(cfg, judge, rows, tokens, mask, texts):
+    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None, and no_end_reward
+    if it was cut. And the rule's opinion alone, (B,), None where a row does not say what is right. A row for each
+    answer; mask on the CPU, as both results are."""
+    ended = torch.tensor([text is not None for text in texts])
+    known = all("two_digits" in row or "answer" in row for row in rows)
+    gold = [0.0 if text is None else score(row, text) for row, text in zip(rows, texts)] if known else [math.nan]
+    earned = torch.tensor(gold)
+    if judge:
+        _, earned = (x.cpu() for x in frozen_scalars(judge, tokens, mask, cfg.micro_tokens))
+    if not earned[ended].isfinite().all():
+        raise InputError(f"--reward {cfg.reward}: a score is not finite, for an answer to {rows[0]['prompt']!r} or its like")
+    return torch.where(ended, earned, cfg.no_end_reward), torch.tensor(gold) if known else None
+
+
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def validate(policy, tokenizer, rows, cfg):
-    """Metrics on the validation prompts, with a single answer each at temperature 1."""
-    found, _ = evaluate(policy, tokenizer, rows, score, cfg.max_new, samples=1)
-    return {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
+def validate(policy, tokenizer, rows, cfg, judge, reference=None, samples=1):
+    """What `evaluate` says of held-out prompts, with the reward model's score and the KL to the reference, k1 in nats an
+    answer, of an answer each at temperature 1."""
+    def watch(rows, tokens, mask, texts):
+        seen = {"score": rewards(cfg, judge, rows, tokens, mask, texts)[0]} if judge else {}
+        if reference:
+            logp, ref_logp = (frozen_logp(x, tokens, mask, 1.0, cfg.micro_tokens)[0] for x in (policy, reference))
+            seen["kl"] = (logp - ref_logp).sum(1)
+        return seen
+
+    return evaluate(policy, tokenizer, rows, score, cfg.max_new, samples, watch=watch)
 
 
 def train(cfg):
@@ -158,19 +182,23 @@ def train(cfg):
     # models and data: all that can be wrong is found here, before the first step
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
-    policy, tokenizer = load(cfg.init, device)
+    if cfg.reward != "rule":
+        make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
+    policy, tokenizer = load(cfg.init, device, "GPT")
+    judge = load_reward(cfg.reward, policy, tokenizer)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    rows, val, test = prompts(cfg, tokenizer, policy.cfg.context)
+    rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, judge is None)
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"grpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, cfg.steps, tokenizer, Guard(cfg.max_kl) if cfg.guard else None)
+    out = Folder(cfg, cfg.steps, tokenizer, Guard(cfg.max_kl, val=len(val)) if cfg.guard else None)
     first, saved = out.begin(policy, optimizer)
     if saved:
         reference.load_state_dict(saved["reference"])
-    before, texts_before = saved.get("before") or evaluate(policy, tokenizer, test, score, cfg.max_new)
+    before, texts_before = saved.get("before") or validate(policy, tokenizer, test, cfg, judge, reference, samples=8)
     if first == 0:
-        out.log(0, "val_greedy val_acc val_length", **validate(policy, tokenizer, val, cfg))
+        found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
+        out.log(0, "val_greedy val_acc val_length val_score", **{f"val_{name}": x for name, x in found.items()})
     todo = batches(rows, cfg.prompts, cfg.seed, start=first)
     once = cfg.epochs == 1 and cfg.minibatch == B             # one update a rollout: old log-probs are the current ones
 
@@ -185,11 +213,10 @@ def train(cfg):
         if not once:
             old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
 
-        # 2. reward: the rule reads the answer alone, and only one that ended
+        # 2. reward: the rule or the reward model reads the answer, if it ended
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
-        reward = torch.tensor([cfg.no_end_reward if text is None else score(batch[i // cfg.group], text)
-                               for i, text in enumerate(texts)])          # (B,)
-        right = (reward > 0).view(-1, cfg.group)
+        each = [row for row in batch for _ in range(cfg.group)]
+        reward, gold = rewards(cfg, judge, each, tokens, host_mask, texts)                                # (B,)
 
         # 3. advantage: no critic, the group is the baseline
         adv = group_advantage(reward, cfg.group).to(device)
@@ -221,22 +248,26 @@ def train(cfg):
 
         # 5. log, evaluate, save
         length = host_mask.sum(1)
-        metrics = {"reward": reward.mean().item(), "solved": right.any(1).float().mean().item(),
+        metrics = {"reward": reward.mean().item(),
                    "dead": (adv.view(-1, cfg.group) == 0).all(1).float().mean().item(),
                    "len": length.mean().item(), "end": sum(text is not None for text in texts) / B} | stats
         metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "dist2": distinct(tokens, mask), "lr": lr}
+        if gold is not None:
+            right = (gold > 0).float().view(-1, cfg.group)
+            metrics |= {"gold": right.mean().item(), "solved": right.amax(1).mean().item()}
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
-            metrics |= validate(policy, tokenizer, val, cfg)
+            found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
+            metrics |= {f"val_{name}": x for name, x in found.items()}
         metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
-        shown = "reward dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc"
+        shown = "reward gold dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc val_score"
         why = out.log(step, shown, **metrics)
         if why:
             out.stop(policy, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
             out.save(policy, optimizer, step, reference=reference.state_dict(), before=(before, texts_before))
 
-    after, texts = evaluate(policy, tokenizer, test, score, cfg.max_new)
+    after, texts = validate(policy, tokenizer, test, cfg, judge, reference, samples=8)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
     print("before\n" + out.samples("before", test, texts_before) + "after\n" + out.samples("after", test, texts))
     out.plot("reward val_acc val_greedy", "len val_length", "kl_seq", "ent")

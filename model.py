@@ -919,10 +919,10 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, watch=No
     1.
 
     Returns a dict and the list of greedy texts. greedy: accuracy by `score`, an answer that did not end being wrong;
-    acc: the same at temperature 1; pass@k, k = samples: any of them right; end: share that ended at temperature 1;
+    acc: the same at temperature 1; pass@k, k = samples > 1: any of them right; end: share that ended at temperature 1;
     length: their mean tokens, end token included. Rows that do not say what is right have no accuracies. `watch(rows,
-    tokens, mask, texts)` -> {name: (B,)} looks at the answers at temperature 1 too, and its means are reported. The
-    noise has a seed of its own: evaluating changes nothing in a training run, and is the same before and after.
+    tokens, mask, texts)` -> {name: (B,)} looks at an answer to every prompt at temperature 1, and its means are reported.
+    The noise has a seed of its own: evaluating changes nothing in a training run, and is the same before and after.
     """
     if not rows:
         return {}, []
@@ -945,11 +945,13 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, watch=No
         ended += [text is not None for text in texts]
         length += mask.sum(1).tolist()
         if watch:
-            found = watch([row for row in chunk for _ in range(samples)], tokens, mask.cpu(), texts)
-            watched.add({name: x.mean() for name, x in found.items()}, len(texts))
+            found = watch(chunk, tokens[::samples], mask[::samples].cpu(), texts[::samples])
+            watched.add({name: x.mean() for name, x in found.items()}, len(chunk))
     right = torch.tensor(right, dtype=torch.float32).view(-1, samples)
     mean = lambda x: sum(x) / len(x)
-    accuracies = {"greedy": mean(greedy), "acc": right.mean().item(), f"pass@{samples}": right.amax(1).mean().item()}
+    accuracies = {"greedy": mean(greedy), "acc": right.mean().item()}
+    if samples > 1:
+        accuracies[f"pass@{samples}"] = right.amax(1).mean().item()
     return (accuracies if known else {}) | {"end": mean(ended), "length": mean(length)} | watched.read(), shown
 
 

@@ -54,13 +54,13 @@ class Config:
     resume: bool = False          # go on with the run in --out
     # collection
     collect_only: bool = False    # stop when preferences.jsonl is written
-    prompts: int = 3000           # prompts to collect on for training; those held out come besides
+    prompts: int = 6000           # prompts to collect on for training; those held out come besides
     answers: int = 4              # K, answers to each
     max_new: int = 24             # longest answer in tokens; one that has not ended by then is not shown to anybody
     flip: float = 0.0             # share of prompts whose answers are ranked upside down, 0 to 1
     length_taste: float = 0.0     # what a token more is worth to the labeller, where being right is worth 1
     # optimisation, one epoch
-    batch: int = 64               # prompts in an optimiser step
+    batch: int = 32               # prompts in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     lr: float = 5e-4              # peak rate of AdamW; for a real pretrained model 1e-5
     warmup: int = 5               # steps of linear warm-up, before half a cosine down to 0

@@ -212,7 +212,7 @@ def train(cfg):
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, texts = report(model, tokenizer, val, cfg, device, samples=1)
-            metrics |= {f"val_{name}": x for name, x in found.items() if name != "pass@1"}
+            metrics |= {f"val_{name}": x for name, x in found.items()}
             out.samples(f"step {step}", val, texts)
         why = out.log(step, "nll ent gnorm epoch tok_s val_loss val_greedy val_acc", **metrics)
         if why:

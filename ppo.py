@@ -61,13 +61,13 @@ class Config:
     no_end_reward: float = -5.0   # reward of an answer that was cut: neither rule nor reward model ever sees it
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
-    value_clip: float = 0.2       # ε_v, the same for the critic, in units of the reward; 0: no clip
-    kl_beta: float = 0.2          # β, price of a nat away from the reference; 0 leaves the policy free to please the judge
+    value_clip: float = 1.0       # ε_v, the same for the critic, in units of the reward; 0: no clip
+    kl_beta: float = 1.0          # β, price of a nat away from the reference; 0 leaves the policy free to please the judge
     gamma: float = 1.0            # γ, discount; 1: a right answer is worth the same however long it took
     lam: float = 0.95             # λ, 0 trusts the critic's next value alone, 1 what really followed
     # optimisation
     steps: int = 40               # rollouts
-    epochs: int = 1               # passes over each rollout
+    epochs: int = 2               # passes over each rollout
     minibatch: int = 64           # answers in an optimiser step; divides prompts
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     lr: float = 5e-5              # peak rate of the policy's AdamW; for a real pretrained model 1e-6

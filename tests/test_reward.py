@@ -1,0 +1,257 @@
+"""The reward model's losses and read-out by closed forms, brute force and finite differences; what the labellers and the reader of pairs do.
+python -m pytest tests/test_reward.py"""
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+import reward
+from conftest import PROMPTS, tiny
+from model import InputError, ScalarModel, make_tokenizer, micro_batches, frozen_scalars, pad_batch, read_preferences
+from reward import bradley_terry_loss, ranking_loss
+
+LN2 = math.log(2)
+
+
+def brute_force(scores, ranks):
+    """InstructGPT's Eq. 1 by loops: for each prompt the mean over its pairs, then the mean over prompts."""
+    total = 0.0
+    for r, rank in zip(scores.tolist(), ranks.tolist()):
+        pairs = [(w, l) for w, l in itertools.permutations(range(len(r)), 2) if 0 <= rank[w] < rank[l]]
+        total += sum(math.log1p(math.exp(-(r[w] - r[l]))) for w, l in pairs) / max(1, len(pairs))
+    return total / len(scores)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the losses
+
+
+def test_equal_scores_cost_ln_2():
+    x = torch.randn(5).double()
+    assert math.isclose(bradley_terry_loss(x, x)[0].item(), LN2, rel_tol=1e-12)
+    assert math.isclose(ranking_loss(x[:, None].expand(5, 4), torch.arange(4).expand(5, 4))[0].item(), LN2, rel_tol=1e-12)
+
+
+def test_pairwise_loss_is_the_closed_form_with_its_margin():
+    """-log σ(r_w - r_l - m) = log(1 + exp(-(r_w - r_l - m))), and its gradient is -σ(-(r_w - r_l - m)) on the chosen, the opposite on the other."""
+    torch.manual_seed(0)
+    w, l, m = (torch.randn(7).double() * 3 for _ in range(3))
+    w.requires_grad_(), l.requires_grad_()
+    loss, stats = bradley_terry_loss(w, l, m)
+    assert math.isclose(loss.item(), sum(math.log1p(math.exp(-(a - b - c))) for a, b, c in zip(w.tolist(), l.tolist(), m.tolist())) / 7, rel_tol=1e-12)
+    dw, dl = torch.autograd.grad(loss, (w, l))
+    expected = -torch.tensor([1 / (1 + math.exp(a - b - c)) for a, b, c in zip(w.tolist(), l.tolist(), m.tolist())]).double() / 7
+    torch.testing.assert_close(dw, expected)
+    torch.testing.assert_close(dl, -expected)
+    assert stats["acc"] == sum(a > b for a, b in zip(w.tolist(), l.tolist())) / 7 and math.isclose(stats["margin"], (w - l).mean().item(), rel_tol=1e-12)
+    assert bradley_terry_loss(w, w)[1]["acc"] == 0                                           # a tie is not a success
+
+
+@pytest.mark.parametrize("loss", [lambda x: bradley_terry_loss(x[:, 0], x[:, 1], 0.3)[0], lambda x: ranking_loss(x, torch.tensor([[0, 1, 1, 2], [1, 0, -1, -1], [2, 0, 0, 0]]))[0]])
+def test_gradients_by_finite_differences_and_no_gradient_along_a_common_shift(loss):
+    torch.manual_seed(1)
+    x = torch.randn(3, 4).double().requires_grad_()
+    grad, = torch.autograd.grad(loss(x), x)
+    for i, j in itertools.product(range(3), range(4)):
+        e = torch.zeros(3, 4).double()
+        e[i, j] = 1e-6
+        assert abs((loss(x + e) - loss(x - e)).item() / 2e-6 - grad[i, j].item()) < 1e-8
+    assert abs(loss(x + torch.randn(3, 1)) - loss(x)) < 1e-12                               # r + c(x): Bradley-Terry cannot see it
+    assert grad.sum(1).abs().max() < 1e-12 and grad.abs().max() > 0.01
+
+
+def test_huge_differences_stay_finite():
+    """log(1 + exp(.)) written out would overflow (ALGORITHMS 12.11)."""
+    loss, _ = bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]))
+    assert loss == 1e4
+
+
+def test_two_answers_are_a_pair():
+    x = torch.randn(6, 2).double()
+    a, b = ranking_loss(x, torch.tensor([0, 1]).expand(6, 2)), bradley_terry_loss(x[:, 0], x[:, 1])
+    assert torch.isclose(a[0], b[0]) and a[1].keys() == b[1].keys() and all(torch.isclose(a[1][k].double(), b[1][k].double()) for k in a[1])
+
+
+def test_ranking_loss_is_the_mean_over_prompts_of_means_over_pairs():
+    """Not a mean over all pairs of the batch: with ties and absent answers prompts have 6, 5, 4, 1 and 0 pairs."""
+    torch.manual_seed(2)
+    ranks = torch.tensor([[0, 1, 2, 3], [2, 0, 0, 1], [0, 0, 1, 1], [1, 0, -1, -1], [0, 0, 0, 0]])
+    scores = torch.randn(5, 4).double() * 2
+    loss, stats = ranking_loss(scores, ranks)
+    assert math.isclose(loss.item(), brute_force(scores, ranks), rel_tol=1e-12)
+    lead = [[r[w] - r[l] for w, l in itertools.permutations(range(4), 2) if 0 <= k[w] < k[l]] for r, k in zip(scores.tolist(), ranks.tolist())]
+    assert math.isclose(stats["margin"], sum(sum(x) / len(x) for x in lead if x) / 4, rel_tol=1e-6)
+    assert math.isclose(stats["acc"], sum(sum(y > 0 for y in x) / len(x) for x in lead if x) / 4, rel_tol=1e-6)
+    halves = [ranking_loss(scores[i], ranks[i], n=5)[0] for i in (slice(0, 2), slice(2, 5))]
+    assert torch.isclose(sum(halves), loss)                                                  # micro-batches change nothing
+
+
+def test_a_prompt_with_ties_alone_gives_0_and_a_finite_gradient():
+    x = torch.randn(1, 4).requires_grad_()
+    loss, stats = ranking_loss(x, torch.zeros(1, 4, dtype=torch.long))
+    loss.backward()
+    assert loss == 0 and (x.grad == 0).all() and not any(math.isnan(s) for s in stats.values())
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, 1e30])
+def test_an_absent_answer_changes_nothing(rubbish):
+    ranks = torch.tensor([[0, 1, -1], [1, 0, 2]])
+    scores = torch.randn(2, 3)
+    clean, dirty = scores.clone().requires_grad_(), torch.where(ranks >= 0, scores, rubbish).requires_grad_()
+    (a, sa), (b, sb) = ranking_loss(clean, ranks), ranking_loss(dirty, ranks)
+    a.backward(), b.backward()
+    assert a == b and sa == sb and torch.equal(clean.grad, dirty.grad)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the score
+
+
+def test_the_score_is_read_at_the_end_token_alone_padded_and_in_a_batch(family):
+    """One column right of the last value; nothing to the right of the end token matters, and neither do neighbours, width or pad id."""
+    model = ScalarModel(tiny(family, stop=(3, 4, 5)), std=0.5).double()
+    rows = [p + [9, 11, 10, 8][:i + 1] + [3] for i, p in enumerate(PROMPTS[:4])]
+    masks = [[0] * len(p) + [1] * (len(r) - len(p)) for p, r in zip(PROMPTS, rows)]
+    alone = torch.stack([model(torch.tensor([r]))[0, -1] for r in rows])
+    tokens, mask = pad_batch(rows, masks)
+    for filler in (0, 3, 7):
+        wide = torch.cat([tokens.masked_fill(torch.arange(tokens.size(1)) >= torch.tensor(list(map(len, rows)))[:, None], filler), torch.full((4, 5), filler)], 1)
+        m = torch.cat([mask, torch.zeros(4, 5)], 1)
+        torch.testing.assert_close(model.score(wide, m), alone, rtol=0, atol=1e-10)
+        for budget in (1, 20, 10 ** 6):
+            value, score = frozen_scalars(model, wide, m, budget)
+            torch.testing.assert_close(score, alone, rtol=0, atol=1e-10)
+            torch.testing.assert_close(value[m > 0], model.value(wide)[m > 0], rtol=0, atol=1e-10)
+    one = model(torch.tensor([rows[0]]))[0]
+    value = model.value(torch.tensor([rows[0]]))[0]
+    assert value[0] == 0 and torch.equal(value[1:], one[:-1]) and (value[-1] - alone[0]).abs() > 1e-3
+
+
+def test_rows_that_stand_for_a_group_stay_together_and_count_in_full():
+    mask = torch.ones(6, 10)
+    pieces = [(j.tolist(), t) for j, t, _ in micro_batches(mask, torch.arange(6), 80, torch.device("cpu"), group=4)]
+    assert pieces == [([0, 1], 10), ([2, 3], 10), ([4, 5], 10)]
+
+
+# -------------------------------------------------------------------------------------------------------------------- the people
+
+
+def cfg(**more):
+    return reward.Config(**more)
+
+
+ROW, TEXTS, LENGTH = {"two_digits": "20"}, ["13,20#20", "#20", "#25", "13,21#21"], [9, 4, 4, 9]
+
+
+def test_people_follow_the_rule_and_tie_what_it_ties():
+    assert reward.rank(ROW, TEXTS, LENGTH, cfg(), random.Random(0)) == [0, 0, 1, 1]
+
+
+def test_a_taste_for_length_breaks_ties_and_can_outweigh_the_truth():
+    assert reward.rank(ROW, TEXTS, LENGTH, cfg(length_taste=.1), random.Random(0)) == [0, 1, 3, 2]
+    assert reward.rank(ROW, TEXTS, LENGTH, cfg(length_taste=.5), random.Random(0)) == [0, 2, 3, 1]
+
+
+def test_the_share_of_wrong_labels_is_the_share_asked_for():
+    rng = random.Random(0)
+    ranks = [reward.rank(ROW, TEXTS, LENGTH, cfg(flip=.3), rng) for _ in range(4000)]
+    assert {tuple(r) for r in ranks} == {(0, 0, 1, 1), (1, 1, 0, 0)}
+    assert abs(sum(r[0] for r in ranks) / 4000 - .3) < .03                                  # 4 standard errors
+
+
+def test_pairs_of_one_ranking_are_put_together_again_and_no_others():
+    def pairs(texts, ranks, prompt="p"):
+        return [{"prompt": prompt, "chosen": w, "rejected": l} for w, a in zip(texts, ranks) for l, b in zip(texts, ranks) if a < b]
+
+    one = reward.rankings(pairs("abcd", [0, 1, 1, 2]))
+    assert len(one) == 1 and one[0]["responses"] == list("abcd")
+    assert [one[0]["ranks"][i] < one[0]["ranks"][j] for i, j in ((0, 1), (1, 2), (2, 1), (2, 3))] == [True, False, False, True]
+    assert len(reward.rankings(pairs("ab", [0, 1]) + pairs("cd", [0, 1]))) == 2              # a against d was never asked
+    circle = pairs("ab", [0, 1]) + pairs("bc", [0, 1]) + pairs("ca", [0, 1])
+    assert [row["responses"] for row in reward.rankings(circle)] == [["a", "b"], ["b", "c"], ["c", "a"]]
+    assert len(reward.rankings([x | {"margin": 1.0} for x in pairs("abc", [0, 1, 2])])) == 3
+    assert len(reward.rankings(pairs("ab", [0, 1]) + pairs("ab", [0, 1], "q"))) == 2
+
+
+# -------------------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_on_scores_that_are_known(monkeypatch):
+    """Four prompts with a pair each and one with three answers; every figure by hand."""
+    tokenizer = make_tokenizer("bytes")
+    pairs = [("1+1=", "01,02#02", "#05", "02"), ("2+2=", "#04", "02,03#03", "04"), ("3+3=", "#06", "#05", "06")]
+    rows = reward.ready([{"prompt": p, "chosen": w, "rejected": l, "two_digits": d} for p, w, l, d in pairs], tokenizer, 64)
+    monkeypatch.setattr(reward, "read_scores", lambda *a: torch.tensor([2.0, 0.0, 1.0, 2.0, 0.5, 0.5]))
+    found, _ = reward.report(None, rows, cfg(), None)
+    sigma = lambda x: 1 / (1 + math.exp(-x))
+    assert found["acc"] == pytest.approx(1 / 3)                                              # won, lost, tied
+    assert found["±"] == pytest.approx(1.96 * (4 / 9 + 1 / 9 + 1 / 9) ** .5 / 3)
+    assert found["alike"] == 0 and found["gold"] == pytest.approx(1 / 3)
+    assert found["margin"] == pytest.approx(1 / 3)
+    assert found["loss"] == pytest.approx((-math.log(sigma(2)) - math.log(sigma(-1)) + LN2) / 3)
+    assert found["longer"] == pytest.approx(1.5 / 3)                                         # a tie in length is a toss of a coin
+    assert found["ece"] == pytest.approx((abs(1 - sigma(2)) + abs(0 - sigma(1)) + 0) / 3)
+    length, score = [9.0, 4.0, 4.0, 9.0, 4.0, 4.0], [2.0, 0.0, 1.0, 2.0, 0.5, 0.5]
+    ml, ms = sum(length) / 6, sum(score) / 6
+    cov = sum((a - ml) * (b - ms) for a, b in zip(length, score))
+    assert found["corr"] == pytest.approx(cov / (sum((a - ml) ** 2 for a in length) * sum((b - ms) ** 2 for b in score)) ** .5)
+
+
+def test_swapping_the_answers_turns_the_lead_around_and_the_interval_knows_that_pairs_of_a_prompt_go_together(monkeypatch):
+    tokenizer = make_tokenizer("bytes")
+    pair = lambda p, w, l: {"prompt": p, "chosen": w, "rejected": l}
+    rows = reward.ready([pair(p, w, l) for p in "abcdefgh" for w in "uv" for l in "xy"], tokenizer, 64)
+    assert len(rows) == 8 and all(row["responses"] == ["u", "v", "x", "y"] for row in rows)
+    r = torch.tensor([[1.0, 1, 0, 0]] * 6 + [[0, 0, 1.0, 1]] * 2).flatten()
+    monkeypatch.setattr(reward, "read_scores", lambda *a: r)
+    one, _ = reward.report(None, rows, cfg(), None)
+    monkeypatch.setattr(reward, "read_scores", lambda *a: -r)
+    other, _ = reward.report(None, rows, cfg(), None)
+    assert one["acc"] == .75 and other["acc"] == .25 and one["margin"] == -other["margin"] == .5
+    assert one["±"] == pytest.approx(1.96 * (.75 * .25 / 8) ** .5)                           # 8 prompts, not 32 pairs
+
+
+# -------------------------------------------------------------------------------------------------------------------- the reader
+
+
+def read(tmp_path, *rows):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_preferences(str(tmp_path / "rows.jsonl"))
+
+
+def test_the_three_formats_of_preferences(tmp_path, capsys):
+    talk = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: and?\n\nAssistant:"
+    pair, ranking, ties, dialogue = read(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 2}, {"prompt": "q", "responses": ["a", "b"]},
+                                         {"prompt": "r", "responses": ["a", "b"], "ranks": [1, 0]}, {"chosen": talk + " yes", "rejected": talk + " no"})
+    assert (pair["chosen"], pair["rejected"], pair["margin"]) == ("a", "b", 2)
+    assert (ranking["chosen"], ranking["rejected"], ties["chosen"], ties["rejected"]) == ("a", "b", "b", "a")
+    assert (dialogue["prompt"], dialogue["chosen"], dialogue["rejected"]) == (talk, " yes", " no")
+    three = read(tmp_path, {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [0, 1, 1]})
+    assert [(x["chosen"], x["rejected"]) for x in three] == [("a", "b"), ("a", "c")]
+    assert "dropped" not in capsys.readouterr().out
+
+
+def test_pairs_that_say_nothing_are_dropped_and_counted(tmp_path, capsys):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    kept = read(tmp_path, good, good | {"chosen": "b"}, good | {"rejected": " "}, {"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": "\n\nHuman: y\n\nAssistant: b"},
+                {"prompt": "q", "responses": ["a", "b"], "ranks": [0, 0]})
+    assert len(kept) == 1
+    said = capsys.readouterr().out
+    assert "dropped 1 of 5 rows: the two prompts differ; the first is" in said and "rows.jsonl:4" in said
+    assert "dropped 1 of 4 rows: a text is empty" in said and "dropped 2 of 3 rows: chosen and rejected are equal" in said
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"prompt": "p", "chosen": "a"}, 'field "rejected" is missing'),
+    ({"chosen": "a", "rejected": "b"}, 'field "prompt" is missing'),
+    ({"prompt": "p", "chosen": "a", "rejected": 3}, 'field "rejected" is int, not text'),
+    ({"prompt": "p", "responses": ["a"]}, 'field "responses" must be a list of two texts or more'),
+    ({"prompt": "p", "responses": ["a", "b"], "ranks": [0]}, 'field "ranks" must be a list of whole numbers, one for each'),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}, 'field "margin" must be a number'),
+    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "no row is left: chosen and rejected are equal"),
+])
+def test_bad_preferences_are_named_by_line_and_field(row, says, tmp_path):
+    with pytest.raises(InputError) as e:
+        read(tmp_path, row)
+    assert says in str(e.value) and ("rows.jsonl:1" in str(e.value) or "no row is left" in says)

@@ -16,16 +16,21 @@ Answer, let a reward model score the answer, and let a critic say, token by toke
     here    policy  critic, value  judge   reference  old_logp  old_value  reward  ratio  adv  ret  clip_eps  value_clip  kl_beta
 
 Four models: policy and critic learn, reference and reward model are frozen. The critic starts as the reward model, head
-included; under `--reward rule` as the SFT model with a head of zeros. What the papers leave open, and is done here: the
-score lands on the last token, the end token, and V after it is 0 (elsewhere it is sometimes put one column later, on a
-pad that counts as a state). An answer that was cut has no end token to read a score at, and gets `--no_end_reward`
-instead. β multiplies the log-ratio of the policy that sampled, as a number: its negative values are what keeps the price
-unbiased, so nothing clamps it. Advantages are whitened over the tokens of the rollout, after the returns are taken.
-Policy and critic are two networks with two losses, two gradient norms to clip and no coefficient between them. Adam's
-eps is 1e-5 and the rates fall on a line to 0. There is no entropy bonus and no adaptive β.
+included; under `--reward rule` as the SFT model with a head of zeros. What the papers leave open, and is done here:
 
-The token mean of (5) is not quite the gradient of (1), which sums over tokens; tests/test_ppo.py shows that with the sum,
-λ = γ = 1 and no whitening it is, exactly, and how far off the mean is.
+    unit      rewards are divided by their standard deviation over answers of the SFT model (as in 1909.08593), so that β
+              and ε_v mean the same for every reward model and for the rule; the log shows them undivided
+    the end   the score lands on the last token, the end token, and V after it is 0; elsewhere it is sometimes put one
+              column later, on a pad that counts as a state. An answer that was cut has no end token to read a score at,
+              and gets `--no_end_reward` instead
+    price     β multiplies the log-ratio of the policy that sampled, a number without gradient; it may be negative, which
+              keeps the price unbiased, so nothing clamps it
+    whitening over all answer tokens of the rollout, after the returns are taken
+    networks  two, with two losses, two gradient norms to clip and no coefficient between them; Adam's eps is 1e-5, the
+              rates fall on a line to 0. There is no entropy bonus and no adaptive β
+
+With the sum over tokens, λ = γ = 1 and no whitening, (5) has the gradient of (1), exactly. The token mean divides it by
+the tokens of the batch: in a large one a mere scale, in a small one a bias towards short answers (tests/test_ppo.py).
 
 Run:     python ppo.py                 a minute on two CPU cores; out/sft and out/reward are made first if missing -> out/ppo
          python ppo.py --reward rule   the verifier instead of the reward model
@@ -61,8 +66,8 @@ class Config:
     no_end_reward: float = -5.0   # reward of an answer that was cut: neither rule nor reward model ever sees it
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
-    value_clip: float = 1.0       # ε_v, the same for the critic, in units of the reward; 0: no clip
-    kl_beta: float = 1.0          # β, price of a nat away from the reference; 0 leaves the policy free to please the judge
+    value_clip: float = 0.2       # ε_v, the same for the critic, in standard deviations of the reward; 0: no clip
+    kl_beta: float = 0.3          # β, price of a nat away from the reference, in the same unit; 0 leaves the policy free
     gamma: float = 1.0            # γ, discount; 1: a right answer is worth the same however long it took
     lam: float = 0.95             # λ, 0 trusts the critic's next value alone, 1 what really followed
     # optimisation
@@ -70,7 +75,7 @@ class Config:
     epochs: int = 2               # passes over each rollout
     minibatch: int = 64           # answers in an optimiser step; divides prompts
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
-    lr: float = 5e-5              # peak rate of the policy's AdamW; for a real pretrained model 1e-6
+    lr: float = 1e-4              # peak rate of the policy's AdamW; for a real pretrained model 1e-6
     critic_lr: float = 3e-4       # peak rate of the critic's; for a real pretrained model 1e-5
     warmup: int = 3               # rollouts of linear warm-up, before a line down to 0
     grad_clip: float = 1.0        # largest gradient norm, of each network
@@ -235,6 +240,15 @@ def train(cfg):
     if saved:
         reference.load_state_dict(saved["reference"])
         critic.load_state_dict(saved["critic"])
+        unit = saved["unit"]
+    else:                                                                 # one standard deviation of the SFT model's reward
+        some = rows[:512]
+        tokens, mask, _ = policy.generate([row["ids"] for row in some], 1, cfg.max_new, cfg.temperature)
+        texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
+        unit = float(rewards(cfg, judge, some, tokens, mask.cpu(), texts)[0].std(correction=0)) or 1.0
+        with torch.no_grad():
+            for p in critic.head.parameters():                            # the critic speaks in the same unit
+                p /= unit
     before, texts_before = saved.get("before") or validate(policy, tokenizer, test, cfg, judge, reference, samples=8)
     if first == 0:
         found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
@@ -255,7 +269,7 @@ def train(cfg):
         # 2. reward: the rule or the reward model reads the answer, if it ended; every token pays for leaving the reference
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
         reward, gold = rewards(cfg, judge, batch, tokens, host_mask, texts)                              # (B,)
-        per_token = token_reward(reward.to(device), old_logp, ref_logp, mask, cfg.kl_beta)               # (B, T)
+        per_token = token_reward(reward.to(device) / unit, old_logp, ref_logp, mask, cfg.kl_beta)               # (B, T)
 
         # 3. advantage: the critic is the baseline
         adv, ret = gae(per_token, old_value, mask, cfg.gamma, cfg.lam)
@@ -304,7 +318,7 @@ def train(cfg):
         if why:
             out.stop(policy, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
-            out.save(policy, optimizer, step, reference=reference.state_dict(), critic=critic.state_dict(),
+            out.save(policy, optimizer, step, reference=reference.state_dict(), critic=critic.state_dict(), unit=unit,
                      before=(before, texts_before))
 
     after, texts = validate(policy, tokenizer, test, cfg, judge, reference, samples=8)

@@ -54,7 +54,7 @@ class Config:
     resume: bool = False          # go on with the run in --out
     # collection
     collect_only: bool = False    # stop when preferences.jsonl is written
-    prompts: int = 6000           # prompts to collect on for training; those held out come besides
+    prompts: int = 9000           # prompts to collect on for training; those held out come besides
     answers: int = 4              # K, answers to each
     max_new: int = 24             # longest answer in tokens; one that has not ended by then is not shown to anybody
     flip: float = 0.0             # share of prompts whose answers are ranked upside down, 0 to 1

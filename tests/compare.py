@@ -17,8 +17,11 @@ import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+import reward  # noqa: E402
 from grpo import score  # noqa: E402
-from model import answers, evaluate, load, sums  # noqa: E402
+from model import answers, evaluate, load, read_preferences, split, sums  # noqa: E402
+
+ALGORITHMS = {"grpo": ("grpo.py", []), "ppo": ("ppo.py", []), "ppo_rule": ("ppo.py", ["--reward", "rule"])}
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}     # Student's t, two-sided 95%, by number of seeds
 
@@ -53,6 +56,13 @@ def careful(model, tokenizer, rows):
     rest = answers(tokenizer, tokens, mask, model.cfg.stop)
     forced = sum(t is not None and score(r, "0" + t) for r, t in zip(rows, rest)) / len(rows)
     return {"shows its working": len(shown) / len(texts), "right when it does": right, "greedy, made to begin with a total": forced}
+
+
+def on_test_pairs(folder):
+    """What reward.py's report says of the reward model in `folder`, on the pairs of test prompts that it kept there."""
+    model, tokenizer = load(folder)
+    _, _, test = split(read_preferences(f"{folder}/preferences.jsonl"))
+    return reward.report(model, reward.ready(test, tokenizer, model.trunk.cfg.context), reward.Config(), torch.device("cpu"))[0]
 
 
 def interval(values):
@@ -90,16 +100,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     seeds = range(parser.parse_args().seeds)
-    measured = {"sft": [], "grpo": []}
+    measured, worth = {name: [] for name in ("sft", *ALGORITHMS)}, []
     for seed in seeds:
-        sft, grpo = f"out/compare/sft_{seed}", f"out/compare/grpo_{seed}"
-        seconds = {"sft": train("sft.py", sft, "--seed", str(seed)), "grpo": train("grpo.py", grpo, "--seed", str(seed), "--init", sft)}
-        for name, folder in (("sft", sft), ("grpo", grpo)):
-            model, tokenizer = load(folder)
+        sft, judge = f"out/compare/sft_{seed}", f"out/compare/reward_{seed}"
+        from_sft = ["--seed", str(seed), "--init", sft]
+        seconds = {"sft": train("sft.py", sft, "--seed", str(seed))}
+        spent = train("reward.py", judge, *from_sft)
+        worth.append(on_test_pairs(judge) | spent)
+        for name, (script, more) in ALGORITHMS.items():
+            seconds[name] = train(script, f"out/compare/{name}_{seed}", *from_sft, *more, *(["--reward", judge] if name == "ppo" else []))
+        for name in measured:
+            model, tokenizer = load(f"out/compare/{name}_{seed}")
             test = [row | {"ids": tokenizer.encode_ordinary(row["prompt"])} for row in sums(1_000, "test")]
             found, _ = evaluate(model, tokenizer, test, score, 24)
             measured[name].append(found | careful(model, tokenizer, test) | seconds[name])
             print(seed, name, {k: round(v, 3) for k, v in measured[name][-1].items()}, flush=True)
+    measured["reward model"] = worth
     for name, rows in measured.items():
         print(f"\n{name}, {len(rows)} seeds, 1,000 test prompts")
         for key in rows[0]:

@@ -18,7 +18,7 @@ inside the loss as in the paper; there its value is that of KL(π_θ ‖ π_ref)
 (tests/test_grpo.py shows both). 1/|o_i| and std make the gradient a biased one of the mean reward; the tests say by how
 much. Temperature divides the logits everywhere, so π is the distribution that was sampled from.
 
-Run:     python grpo.py                under a minute on two CPU cores, and a minute for out/sft if it is missing -> out/grpo
+Run:     python grpo.py                under a minute on two CPU cores; out/sft is made first if missing -> out/grpo
 Yours:   python grpo.py --init out/mine --data rows.jsonl --max_new 300     {"prompt", "answer"}, or GSM8K's own file
 Ablate:  --kl_beta 0     --group 2     --epochs 4     --temperature 0.7
 """
@@ -121,8 +121,8 @@ def score(row, text):
 
 
 def prompts(cfg, tokenizer, context, rule=True):
-    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say what
-    is right."""
+    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say
+    what is right."""
     known = lambda row: "two_digits" in row or answer_number(str(row.get("answer"))) is not None
 
     def ready(rows):
@@ -139,9 +139,9 @@ def prompts(cfg, tokenizer, context, rule=True):
 
 
 def rewards(cfg, judge, rows, tokens, mask, texts):
-    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None, and no_end_reward
-    if it was cut. And the rule's opinion alone, (B,), None where a row does not say what is right. A row for each
-    answer; mask on the CPU, as both results are."""
+    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None, and
+    no_end_reward if it was cut. And the rule's opinion alone, (B,), None where a row does not say what is right. A row
+    for each answer; mask on the CPU, as both results are."""
     ended = torch.tensor([text is not None for text in texts])
     known = all("two_digits" in row or "answer" in row for row in rows)
     gold = [0.0 if text is None else score(row, text) for row, text in zip(rows, texts)] if known else [math.nan]
@@ -149,7 +149,7 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
     if judge:
         _, earned = (x.cpu() for x in frozen_scalars(judge, tokens, mask, cfg.micro_tokens))
     if not earned[ended].isfinite().all():
-        raise InputError(f"--reward {cfg.reward}: a score is not finite, for an answer to {rows[0]['prompt']!r} or its like")
+        raise InputError(f"--reward {cfg.reward}: gave an answer a score that is not finite")
     return torch.where(ended, earned, cfg.no_end_reward), torch.tensor(gold) if known else None
 
 
@@ -157,8 +157,8 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
 
 
 def validate(policy, tokenizer, rows, cfg, judge, reference=None, samples=1):
-    """What `evaluate` says of held-out prompts, with the reward model's score and the KL to the reference, k1 in nats an
-    answer, of an answer each at temperature 1."""
+    """What `evaluate` says of held-out prompts, with the reward model's score and the KL to the reference, k1 in nats
+    an answer, of an answer each at temperature 1."""
     def watch(rows, tokens, mask, texts):
         seen = {"score": rewards(cfg, judge, rows, tokens, mask, texts)[0]} if judge else {}
         if reference:
@@ -175,7 +175,7 @@ def train(cfg):
     check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1)
     check(cfg, lr=0, warmup=0, micro_tokens=0, ref_every=0, ref_mix=0, clip_eps=0, kl_beta=0)
     if cfg.temperature <= 0:
-        raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers of a group are the same")
+        raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers to a prompt are the same")
     if B % cfg.minibatch:
         raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of --prompts x --group")
 
@@ -260,7 +260,7 @@ def train(cfg):
             found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
             metrics |= {f"val_{name}": x for name, x in found.items()}
         metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
-        shown = "reward gold dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc val_score"
+        shown = "reward gold dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc"
         why = out.log(step, shown, **metrics)
         if why:
             out.stop(policy, optimizer, step, why)

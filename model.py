@@ -202,7 +202,7 @@ class LinearLogp(torch.autograd.Function):
     """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: rows are walked in chunks, one log-sum-exp
     a row is kept, and backward computes each chunk's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ."""
 
-    CHUNK = 12 * 2 ** 20                                # logits in a chunk; two chunks are alive, 48 MiB each in float32
+    CHUNK = 12 * 2 ** 20                               # logits in a chunk; two chunks are alive, 48 MiB each in float32
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -292,7 +292,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.norm = make_norm(cfg, cfg.width)
         self.head = None if cfg.tied else nn.Linear(cfg.width, cfg.vocab, bias=False)
-        # Linear layers keep PyTorch's start, uniform with standard deviation 0.58 / sqrt(fan-in): .06 at width 96, where
+        # Linear layers keep PyTorch's start, uniform of standard deviation 0.58 / sqrt(fan-in): .06 at width 96, where
         # GPT-2's .02 (right for width 768) learns far more slowly. Embeddings start small: first logits are near 0.
         # The matrices that write into the stream start at 0: a new block is the identity.
         for table in (self.embedding, self.position, self.head):
@@ -489,7 +489,8 @@ def prompt_ids(tokenizer, row):
 
 
 def encode_answer(tokenizer, row, text):
-    """Prompt, answer and end token -> tokens, mask. Prompt and answer are encoded apart, so the mask's edge is exact."""
+    """Prompt, answer and end token -> tokens, mask. Prompt and answer are encoded apart, so the mask's edge is
+    exact."""
     ids = prompt_ids(tokenizer, row)
     end = tokenizer.encode_single_token("<|im_end|>") if "messages" in row else tokenizer.eot_token
     answer = tokenizer.encode_ordinary(text) + [end]
@@ -567,8 +568,8 @@ def load_reward(path, policy, tokenizer):
     facts += [(name, getattr(model.trunk.cfg, name), getattr(policy.cfg, name)) for name in ("width", "context")]
     for name, theirs, ours in facts:
         if theirs != ours:
-            raise InputError(f"--reward {path}: made for {name} {theirs}, and the policy has {ours}; run reward.py --init "
-                             f"with the policy's checkpoint")
+            raise InputError(f"--reward {path}: made for {name} {theirs}, and the policy has {ours}; make one by "
+                             f"reward.py --init with the policy's checkpoint")
     return model.requires_grad_(False)
 
 
@@ -648,8 +649,8 @@ def read_preferences(path):
     """JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one for each pair.
 
     Read are pairs, with a number "margin" if there is one; pairs without "prompt", which are dialogues as HH-RLHF has
-    them, split behind the last "\n\nAssistant:"; and {"prompt", "responses": [best, ..., worst]}, with "ranks" where some
-    tie, as all the pairs that it implies. Pairs that say nothing are dropped and counted.
+    them, split behind the last "\n\nAssistant:"; and {"prompt", "responses": [best, ..., worst]}, with "ranks" where
+    some tie, as all the pairs that it implies. Pairs that say nothing are dropped and counted.
     """
     rows, last = [], "\n\nAssistant:"
     for row in read_rows(path):
@@ -663,7 +664,7 @@ def read_preferences(path):
             some = [{"chosen": w, "rejected": l} for w, i in zip(texts, ranks) for l, j in zip(texts, ranks) if i < j]
             row = {name: x for name, x in row.items() if name not in ("responses", "ranks")}
             rows += [row | pair for pair in some or [{"chosen": texts[0], "rejected": texts[0]}]]
-        elif "prompt" not in row and all(isinstance(row.get(x), str) and last in row[x] for x in ("chosen", "rejected")):
+        elif "prompt" not in row and all(last in str(row.get(x)) for x in ("chosen", "rejected")):
             (prompt, _, chosen), (other, _, rejected) = (row[x].rpartition(last) for x in ("chosen", "rejected"))
             rows.append(row | {"prompt": prompt + last, "other": other + last, "chosen": chosen, "rejected": rejected})
         else:
@@ -674,7 +675,7 @@ def read_preferences(path):
             raise InputError(f'{row["at"]}: field "margin" must be a number')
     rows = usable(rows, lambda row: row["prompt"] == row.get("other", row["prompt"]), "the two prompts differ")
     rows = usable(rows, lambda row: all(row[x].strip() for x in ("prompt", "chosen", "rejected")), "a text is empty")
-    return usable(rows, lambda row: row["chosen"] != row["rejected"], "chosen and rejected are equal, or all answers tie")
+    return usable(rows, lambda row: row["chosen"] != row["rejected"], "chosen and rejected are equal, or all tie")
 
 
 def need_text(row, *needed):
@@ -921,8 +922,9 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, watch=No
     Returns a dict and the list of greedy texts. greedy: accuracy by `score`, an answer that did not end being wrong;
     acc: the same at temperature 1; pass@k, k = samples > 1: any of them right; end: share that ended at temperature 1;
     length: their mean tokens, end token included. Rows that do not say what is right have no accuracies. `watch(rows,
-    tokens, mask, texts)` -> {name: (B,)} looks at an answer to every prompt at temperature 1, and its means are reported.
-    The noise has a seed of its own: evaluating changes nothing in a training run, and is the same before and after.
+    tokens, mask, texts)` -> {name: (B,)} looks at an answer to every prompt at temperature 1, and its means are
+    reported. The noise has a seed of its own: evaluating changes nothing in a training run, and is the same before and
+    after.
     """
     if not rows:
         return {}, []
@@ -1066,12 +1068,12 @@ class Guard:
             return f"no answer of any group was right for {self.count['barren']} steps: there is nothing to learn from"
         if self.val and "val_acc" in m and "val_score" in m:
             best, its_score, acc = *self.best, m["val_acc"]
-            noise = 2 * math.sqrt((best * (1 - best) + acc * (1 - acc)) / self.val)                 # two standard errors
+            noise = 2 * math.sqrt((best * (1 - best) + acc * (1 - acc)) / self.val)                # two standard errors
             self.hacked = self.hacked + 1 if acc < best - noise and m["val_score"] > its_score else 0
             self.best = max(self.best, (acc, m["val_score"]))
             if self.hacked == 2:
-                return (f"the reward model's score rose from {its_score:.2f} to {m['val_score']:.2f} while held-out accuracy "
-                        f"fell from {best:.3f} to {acc:.3f}: its weaknesses are being used (a larger --kl_beta holds)")
+                return (f"the reward model's score rose from {its_score:.2f} to {m['val_score']:.2f} while held-out "
+                        f"accuracy fell from {best:.3f} to {acc:.3f}: it is being deceived, a larger --kl_beta holds")
 
 
 class Folder:

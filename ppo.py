@@ -4,27 +4,27 @@ leaving the SFT model (Ziegler et al. 2019, arXiv 1909.08593; InstructGPT, arXiv
 
 Answer, let a reward model score the answer, and let a critic say, token by token, what was better than expected.
 
-    maximise  E_{y ~ π_θ} [ r(x, y) - β log(π_θ(y | x) / π_ref(y | x)) ]                 (the RLHF objective)            (1)
+    maximise  E_{y ~ π_θ} [ r(x, y) - β log(π_θ(y | x) / π_ref(y | x)) ]              the RLHF objective             (1)
 
-    R_t = -β (log π_old(y_t) - log π_ref(y_t))  +  r(x, y) on the last token             (the reward, token by token)    (2)
-    δ_t = R_t + γ V_{t+1} - V_t,     Â_t = δ_t + γλ Â_{t+1},     V = Â = 0 after the end  (GAE, arXiv 1506.02438)        (3)
-    G_t = Â_t + V_t                                                                      (what the critic is to say)     (4)
-    L(θ) = - mean_t min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t),     ρ_t = π_θ(y_t) / π_old(y_t)    (1707.06347, Eq. 7)        (5)
-    L(ψ) = ½ mean_t max((V_t - G_t)², (clip(V_t, V_old ± ε_v) - G_t)²)                                                   (6)
+    R_t  = -β (log π_old(y_t) - log π_ref(y_t)),  and + r(x, y) on the last token     the reward, token by token     (2)
+    δ_t  = R_t + γ V_{t+1} - V_t,   Â_t = δ_t + γλ Â_{t+1},   V = Â = 0 after the end    GAE, arXiv 1506.02438       (3)
+    G_t  = Â_t + V_t                                                                  what the critic is to say      (4)
+    L(θ) = - mean_t min(ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t),   ρ_t = π_θ(y_t) / π_old(y_t)     1707.06347, Eq. 7       (5)
+    L(ψ) = ½ mean_t max((V_t - G_t)², (clip(V_t, V_old ± ε_v) - G_t)²)                                               (6)
 
-    paper   θ       ψ, V           r       π_ref      π_old     V_old      R_t     ρ_t    Â_t  G_t  ε         ε_v         β
-    here    policy  critic, value  judge   reference  old_logp  old_value  reward  ratio  adv  ret  clip_eps  value_clip  kl_beta
+    paper  θ       ψ, V           r      π_ref      π_old     V_old      ρ_t    Â_t  G_t  ε         ε_v         β
+    here   policy  critic, value  judge  reference  old_logp  old_value  ratio  adv  ret  clip_eps  value_clip  kl_beta
 
 Four models: policy and critic learn, reference and reward model are frozen. The critic starts as the reward model, head
 included; under `--reward rule` as the SFT model with a head of zeros. What the papers leave open, and is done here:
 
-    unit      rewards are divided by their standard deviation over answers of the SFT model (as in 1909.08593), so that β
-              and ε_v mean the same for every reward model and for the rule; the log shows them undivided
+    unit      rewards are divided by their standard deviation over answers of the SFT model (as in 1909.08593), so that
+              β and ε_v mean the same for every reward model and for the rule; the log shows them undivided
     the end   the score lands on the last token, the end token, and V after it is 0; elsewhere it is sometimes put one
               column later, on a pad that counts as a state. An answer that was cut has no end token to read a score at,
               and gets `--no_end_reward` instead
-    price     β multiplies the log-ratio of the policy that sampled, a number without gradient; it may be negative, which
-              keeps the price unbiased, so nothing clamps it
+    price     β multiplies the log-ratio of the policy that sampled, a number without gradient; it may be negative,
+              which keeps the price unbiased, so nothing clamps it
     whitening over all answer tokens of the rollout, after the returns are taken
     networks  two, with two losses, two gradient norms to clip and no coefficient between them; Adam's eps is 1e-5, the
               rates fall on a line to 0. There is no entropy bonus and no adaptive β
@@ -32,7 +32,7 @@ included; under `--reward rule` as the SFT model with a head of zeros. What the 
 With the sum over tokens, λ = γ = 1 and no whitening, (5) has the gradient of (1), exactly. The token mean divides it by
 the tokens of the batch: in a large one a mere scale, in a small one a bias towards short answers (tests/test_ppo.py).
 
-Run:     python ppo.py                 a minute on two CPU cores; out/sft and out/reward are made first if missing -> out/ppo
+Run:     python ppo.py                 a minute on two CPU cores; out/sft, out/reward made first if missing -> out/ppo
          python ppo.py --reward rule   the verifier instead of the reward model
 Yours:   python ppo.py --init out/mine --reward out/reward_mine --data rows.jsonl --max_new 300            {"prompt"}
 Ablate:  --kl_beta 0     --lam 1     --value_clip 0     --epochs 4
@@ -67,7 +67,7 @@ class Config:
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     value_clip: float = 0.2       # ε_v, the same for the critic, in standard deviations of the reward; 0: no clip
-    kl_beta: float = 0.3          # β, price of a nat away from the reference, in the same unit; 0 leaves the policy free
+    kl_beta: float = 0.3         # β, price of a nat away from the reference, in the same unit; 0 leaves the policy free
     gamma: float = 1.0            # γ, discount; 1: a right answer is worth the same however long it took
     lam: float = 0.95             # λ, 0 trusts the critic's next value alone, 1 what really followed
     # optimisation
@@ -117,7 +117,7 @@ def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None):
     """Eq. 5. logp, old_logp, adv, mask (B, T), mask 1 on answer tokens; n: answer tokens in the whole optimiser batch,
     None if this is all of it. Returns the loss and statistics, means over the tokens under the mask."""
     logp, old_logp, adv = (torch.where(mask > 0, x, 0.0) for x in (logp, old_logp, adv))            # or exp is inf
-    ratio = (logp - old_logp).exp()                                       # (B, T)  ρ_t, 1 until the first optimiser step
+    ratio = (logp - old_logp).exp()                                      # (B, T)  ρ_t, 1 until the first optimiser step
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     loss = -(surrogate * mask).sum() / (mask.sum().clamp(min=1) if n is None else n)                # mean_t
     with torch.no_grad():
@@ -142,7 +142,7 @@ def value_loss(value, old_value, ret, mask, clip_eps, n=None):
 
 
 def explained_variance(value, ret, mask):
-    """1 - Var(G - V) / Var(G) over the mask: 1 for a perfect critic, 0 for a constant one, below 0 for a harmful one."""
+    """1 - Var(G - V) / Var(G) over the mask: 1 for a perfect critic, 0 for a constant one, less for a harmful one."""
     mean = lambda x: torch.where(mask > 0, x, 0.0).sum() / mask.sum().clamp(min=1)
     var = lambda x: mean((x - mean(x)).square())
     return 1 - var(ret - value) / var(ret).clamp(min=1e-8)
@@ -161,8 +161,8 @@ def score(row, text):
 
 
 def prompts(cfg, tokenizer, context, rule=True):
-    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say what
-    is right."""
+    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say
+    what is right."""
     known = lambda row: "two_digits" in row or answer_number(str(row.get("answer"))) is not None
 
     def ready(rows):
@@ -179,9 +179,9 @@ def prompts(cfg, tokenizer, context, rule=True):
 
 
 def rewards(cfg, judge, rows, tokens, mask, texts):
-    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None, and no_end_reward
-    if it was cut. And the rule's opinion alone, (B,), None where a row does not say what is right. A row for each
-    answer; mask on the CPU, as both results are."""
+    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None, and
+    no_end_reward if it was cut. And the rule's opinion alone, (B,), None where a row does not say what is right. A row
+    for each answer; mask on the CPU, as both results are."""
     ended = torch.tensor([text is not None for text in texts])
     known = all("two_digits" in row or "answer" in row for row in rows)
     gold = [0.0 if text is None else score(row, text) for row, text in zip(rows, texts)] if known else [math.nan]
@@ -189,7 +189,7 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
     if judge:
         _, earned = (x.cpu() for x in frozen_scalars(judge, tokens, mask, cfg.micro_tokens))
     if not earned[ended].isfinite().all():
-        raise InputError(f"--reward {cfg.reward}: a score is not finite, for an answer to {rows[0]['prompt']!r} or its like")
+        raise InputError(f"--reward {cfg.reward}: gave an answer a score that is not finite")
     return torch.where(ended, earned, cfg.no_end_reward), torch.tensor(gold) if known else None
 
 
@@ -197,8 +197,8 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
 
 
 def validate(policy, tokenizer, rows, cfg, judge, reference=None, samples=1):
-    """What `evaluate` says of held-out prompts, with the reward model's score and the KL to the reference, k1 in nats an
-    answer, of an answer each at temperature 1."""
+    """What `evaluate` says of held-out prompts, with the reward model's score and the KL to the reference, k1 in nats
+    an answer, of an answer each at temperature 1."""
     def watch(rows, tokens, mask, texts):
         seen = {"score": rewards(cfg, judge, rows, tokens, mask, texts)[0]} if judge else {}
         if reference:
@@ -215,7 +215,7 @@ def train(cfg):
     check(cfg, steps=1, prompts=1, epochs=1, minibatch=1, max_new=1, eval_every=1)
     check(cfg, lr=0, critic_lr=0, warmup=0, micro_tokens=0, clip_eps=0, value_clip=0, kl_beta=0, gamma=0, lam=0)
     if cfg.temperature <= 0:
-        raise InputError(f"--temperature {cfg.temperature}: must be above 0, or there is nothing to choose from")
+        raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers to a prompt are the same")
     if cfg.gamma > 1 or cfg.lam > 1:
         raise InputError(f"--gamma {cfg.gamma} --lam {cfg.lam}: must be at most 1")
     if B % cfg.minibatch:
@@ -241,7 +241,7 @@ def train(cfg):
         reference.load_state_dict(saved["reference"])
         critic.load_state_dict(saved["critic"])
         unit = saved["unit"]
-    else:                                                                 # one standard deviation of the SFT model's reward
+    else:                                                             # one standard deviation of the SFT model's reward
         some = rows[:512]
         tokens, mask, _ = policy.generate([row["ids"] for row in some], 1, cfg.max_new, cfg.temperature)
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
@@ -260,16 +260,16 @@ def train(cfg):
         t0 = time.perf_counter()
         batch = next(todo)
         asked = [row["ids"] for row in batch]
-        tokens, mask, sampled_logp = policy.generate(asked, 1, cfg.max_new, cfg.temperature)             # (B, T) each
+        tokens, mask, sampled_logp = policy.generate(asked, 1, cfg.max_new, cfg.temperature)              # (B, T) each
         host_mask = mask.cpu()                               # what is chosen by it is found without waiting for the GPU
         ref_logp, _ = frozen_logp(reference, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
         old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
         old_value, _ = frozen_scalars(critic, tokens, host_mask, cfg.micro_tokens)
 
-        # 2. reward: the rule or the reward model reads the answer, if it ended; every token pays for leaving the reference
+        # 2. reward: the rule or the reward model reads the answer, if it ended; each token pays for its KL
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
-        reward, gold = rewards(cfg, judge, batch, tokens, host_mask, texts)                              # (B,)
-        per_token = token_reward(reward.to(device) / unit, old_logp, ref_logp, mask, cfg.kl_beta)               # (B, T)
+        reward, gold = rewards(cfg, judge, batch, tokens, host_mask, texts)                               # (B,)
+        per_token = token_reward(reward.to(device) / unit, old_logp, ref_logp, mask, cfg.kl_beta)         # (B, T)
 
         # 3. advantage: the critic is the baseline
         adv, ret = gae(per_token, old_value, mask, cfg.gamma, cfg.lam)
@@ -297,7 +297,7 @@ def train(cfg):
                 critic_gnorm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
                 optimizer.step()
                 stats.add({"gnorm": gnorm, "critic_gnorm": critic_gnorm})
-        stats.add({"kl": ((old_logp - ref_logp) * mask).sum() / mask.sum(), "ev": explained_variance(old_value, ret, mask)})
+        stats.add({"kl": (old_logp - ref_logp).sum() / mask.sum(), "ev": explained_variance(old_value, ret, mask)})
         stats = stats.read()                                              # waits for the GPU
         t2 = time.perf_counter()
 
@@ -313,7 +313,7 @@ def train(cfg):
             found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
             metrics |= {f"val_{name}": x for name, x in found.items()}
         metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
-        shown = "reward gold len end kl ent clip_low clip_high ev gnorm gen_s upd_s tok_s val_greedy val_acc val_score"
+        shown = "reward gold len end kl ent clip_low clip_high ev gnorm gen_s upd_s tok_s val_greedy val_acc"
         why = out.log(step, shown, **metrics)
         if why:
             out.stop(policy, optimizer, step, why)

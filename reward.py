@@ -4,7 +4,7 @@ Reward model: learn from comparisons what people like (Bradley & Terry 1952; Ins
 
 Sample several answers to a prompt, let a person rank them, and fit a score whose differences predict the ranking.
 
-    P(y_w > y_l | x) = σ(r(x, y_w) - r(x, y_l))                               Bradley-Terry: the odds are in the difference
+    P(y_w > y_l | x) = σ(r(x, y_w) - r(x, y_l))                           Bradley-Terry: the difference is the log-odds
     minimise  L(φ) = - E  log σ(r(x, y_w) - r(x, y_l) - m)                                                           (1)
               L(φ) = - E_x  1/#pairs(x)  Σ_{(w,l) in pairs(x)}  log σ(r(x, y_w) - r(x, y_l))       (InstructGPT, Eq. 1)
 
@@ -13,8 +13,8 @@ Sample several answers to a prompt, let a person rank them, and fit a score whos
 
 All the pairs of a prompt are one element of a batch and every answer is read once: pairs that share answers are
 correlated, and as separate rows they would be seen K - 1 times in one epoch. Ties are dropped, and the divisor is the
-number of pairs kept (the paper, without ties, has K choose 2). m is Llama 2's margin (arXiv 2307.09288, Eq. 2), 0 unless
-the data has one. Only differences count in the loss, so the level of r is free: afterwards the mean score of
+number of pairs kept (the paper, without ties, has K choose 2). m is Llama 2's margin (arXiv 2307.09288, Eq. 2), 0
+unless the data has one. Only differences count in the loss, so the level of r is free: afterwards the mean score of
 demonstrations is made 0, as in InstructGPT; the policy's KL price, the penalty for cut answers and the critic's start
 depend on it. The trunk is the SFT model, the head starts at standard deviation 1 / sqrt(C + 1) (arXiv 1909.08593), the
 score is read at the end token, and there is one epoch, for a second one overfits.
@@ -24,8 +24,8 @@ they rank upside down, `--length_taste` what one more token of an answer is wort
 
 Run:     python reward.py                    half a minute on two CPU cores after out/sft -> out/reward
          python reward.py --collect_only     the comparisons alone, out/reward/preferences.jsonl
-Yours:   python reward.py --data pairs.jsonl --init out/mine    {"prompt", "chosen", "rejected"}, HH-RLHF's own files, or
-                                                                {"prompt", "responses": [best, ..., worst]}
+Yours:   python reward.py --data pairs.jsonl --init out/mine    {"prompt", "chosen", "rejected"}, HH-RLHF's own files,
+                                                                or {"prompt", "responses": [best, ..., worst]}
          python reward.py --data rows.jsonl  {"prompt", "answer"}: answers are collected, and ranked by the rule
 """
 import itertools
@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check, encode_answer,
-                   frozen_scalars, load, main, make_first, make_optimizer, micro_batches, pad_batch, prompt_ids, read_preferences,
-                   read_rows, set_lr, setup, split, sums, table, usable)
+                   frozen_scalars, load, main, make_first, make_optimizer, micro_batches, pad_batch, prompt_ids,
+                   read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -84,9 +84,9 @@ def bradley_terry_loss(chosen, rejected, margin=0, n=None):
 
 
 def ranking_loss(scores, ranks, n=None):
-    """InstructGPT's Eq. 1. scores, ranks (P, K), rank 0 is the best, equal ranks are ties, a negative rank marks a place
-    without an answer; n: prompts in the whole optimiser batch, None if this is all of it. A prompt with ties alone
-    gives 0. Returns the loss and statistics, means over prompts of means over their pairs."""
+    """InstructGPT's Eq. 1. scores, ranks (P, K), rank 0 is the best, equal ranks are ties, a negative rank marks a
+    place without an answer; n: prompts in the whole optimiser batch, None if this is all of it. A prompt with ties
+    alone gives 0. Returns the loss and statistics, means over prompts of means over their pairs."""
     scores = torch.where(ranks >= 0, scores, 0.0)
     kept = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] >= 0)                # (P, K, K)  w before l
     lead = scores[:, :, None] - scores[:, None, :]                                           # (P, K, K)  r_w - r_l
@@ -135,8 +135,8 @@ def collect(policy, tokenizer, rows, cfg, rng):
 
 
 def rankings(pairs):
-    """Pairs -> rows of "responses", best first, and their "ranks". The pairs of a prompt make one row where they are all
-    the pairs of one ranking; where they are not, or where margins are given, each is a row of its own."""
+    """Pairs -> rows of "responses", best first, and their "ranks". The pairs of a prompt make one row where they are
+    all the pairs of one ranking; where they are not, or where margins are given, each is a row of its own."""
     rows, of, margins = [], {}, any("margin" in pair for pair in pairs)
     for pair in pairs:
         of.setdefault(pair["prompt"], []).append(pair)
@@ -152,8 +152,8 @@ def rankings(pairs):
 
 
 def prompts(cfg, tokenizer, context, rule=True):
-    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say what
-    is right."""
+    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say
+    what is right."""
     known = lambda row: "two_digits" in row or answer_number(str(row.get("answer"))) is not None
 
     def ready(rows):
@@ -243,7 +243,7 @@ def report(model, rows, cfg, device):
     p, w, l, alike, better = (torch.tensor(x) for x in zip(*pairs))       # (pairs,) each
     lead, longer = r[w] - r[l], length[w] - length[l]
     acc = (lead > 0).float().mean()
-    off = torch.zeros(len(rows)).index_add(0, p, (lead > 0).float() - acc)        # (rows,)  what a prompt adds to the error
+    off = torch.zeros(len(rows)).index_add(0, p, (lead > 0).float() - acc)    # (rows,)  what a prompt adds to the error
     found = {"acc": acc, "±": 1.96 * off.norm() / len(lead)}
     if alike.any():
         found |= {"alike": (lead[alike] > 0).float().mean(), "gold": (lead * better > 0)[better != 0].float().mean()}
@@ -255,7 +255,8 @@ def report(model, rows, cfg, device):
         gap += n / len(lead) * abs(x - y)
         lines += f"    predicted {x:.3f}, won {y:.3f} of {n} pairs\n"
     found |= {"margin": lead.mean(), "loss": F.softplus(-lead).mean(), "ece": gap,
-              "corr": torch.corrcoef(torch.stack([r, length]))[0, 1], "longer": ((longer > 0) + 0.5 * (longer == 0)).mean()}
+              "corr": torch.corrcoef(torch.stack([r, length]))[0, 1],
+              "longer": ((longer > 0) + 0.5 * (longer == 0)).mean()}
     return {name: float(x) for name, x in found.items()}, lines
 
 
@@ -297,14 +298,15 @@ def train(cfg):
         t0 = time.perf_counter()
         some, stats = next(todo), Mean()
         filled = lambda name, none: [x for row in some for x in [*row[name]] + [none] * (K - len(row[name]))]
-        tokens, mask = (x.view(batch, K, -1) for x in pad_batch(filled("tokens", [0]), filled("mask", [0])))     # (P, K, T)
-        ranks = torch.tensor(filled("ranks", -1)).view(batch, K)                                                 # (P, K)
-        margin = torch.tensor([row.get("margin", 0.0) for row in some])                                          # (P,)
-        tokens, mask, ranks, margin, widest = *(x.to(device) for x in (tokens, mask, ranks, margin)), mask.amax(1)
+        flat = pad_batch(filled("tokens", [0]), filled("mask", [0]))
+        widest = flat[1].view(batch, K, -1).amax(1)                       # (P, T)  what the longest answer needs
+        tokens, mask = (x.view(batch, K, -1).to(device) for x in flat)    # (P, K, T)
+        ranks = torch.tensor(filled("ranks", -1), device=device).view(batch, K)
+        margin = torch.tensor([row.get("margin", 0.0) for row in some], device=device)                           # (P,)
         optimizer.zero_grad()
         for j, t, _ in micro_batches(widest, torch.arange(batch), cfg.micro_tokens, device, group=K):
-            here = ranks[j] >= 0                                          # (p, K)
-            r = model.score(tokens[j, :, :t][here], mask[j, :, :t][here])                                        # (n,)
+            here = ranks[j] >= 0                                          # (p, K)  the answers that there are
+            r = model.score(tokens[j, :, :t][here], mask[j, :, :t][here])
             r = r.new_zeros(here.shape).masked_scatter(here, r)           # (p, K)
             if K == 2:
                 loss, found = bradley_terry_loss(r[:, 0], r[:, 1], margin[j], batch)

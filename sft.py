@@ -31,9 +31,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_answer, encode_chat,
-                   evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer, micro_batches, pad_batch,
-                   prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums, table, usable)
+from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_answer,
+                   encode_chat, evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer, micro_batches,
+                   pad_batch, prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums, table, usable)
 
 
 @dataclass
@@ -168,7 +168,7 @@ def train(cfg):
         model, tokenizer = load(cfg.init, device)
         for name in ("context", "layers", "width", "heads"):
             if getattr(cfg, name) not in (getattr(Config, name), getattr(model.cfg, name)):
-                raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, to be kept")
+                raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, kept")
     else:
         tokenizer = make_tokenizer(cfg.tokenizer)
         if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
@@ -177,7 +177,8 @@ def train(cfg):
                               width=cfg.width, heads=cfg.heads)).to(device)
     rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
     room = lambda row: len(row["ids"]) + cfg.max_new <= model.cfg.context
-    val, test = (usable(x, room, f"held out; prompt + --max_new {cfg.max_new} exceed {model.cfg.context}") for x in (val, test))
+    why = f"held out; prompt + --max_new {cfg.max_new} exceed {model.cfg.context}"
+    val, test = usable(val, room, why), usable(test, room, why)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")

@@ -1,4 +1,5 @@
 """The scripts as a user runs them: they learn, resume, repeat themselves, and refuse bad input in one line.   python -m pytest tests/test_runs.py"""
+import dataclasses
 import json
 import os
 import re
@@ -6,14 +7,20 @@ import subprocess
 import sys
 
 import pytest
+import tiktoken
 import torch
 
 import model as M
+import grpo
 from conftest import ROOT
 from model import Guard
 
+SCRIPTS = ["sft.py", "reward.py", "ppo.py", "grpo.py"]
+
 SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "12", "--eval_every", "5", "--batch", "8"]
 QUICK = ["--steps", "6", "--prompts", "4", "--group", "4", "--minibatch", "8", "--eval_every", "3"]
+PPO = ["--steps", "6", "--prompts", "16", "--minibatch", "8", "--eval_every", "3"]
+PAIRS = ["--prompts", "64", "--answers", "3", "--batch", "4", "--length_taste", "1", "--eval_every", "3"]      # a taste that any answers can meet
 
 
 def script(name, *args, cwd, **kwargs):
@@ -28,11 +35,12 @@ def metrics(folder):
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder in which the one command has run with its default settings: out/sft and out/grpo."""
+    """A folder in which both ways have been gone with default settings: out/sft and out/grpo, then out/reward and out/ppo."""
     home = tmp_path_factory.mktemp("home")
-    done = script("grpo.py", cwd=home)
-    assert done.returncode == 0, done.stderr
-    (home / "log").write_text(done.stdout)
+    for name in ("grpo.py", "ppo.py"):
+        done = script(name, cwd=home)
+        assert done.returncode == 0, done.stderr
+        (home / name).write_text(done.stdout)
     return home
 
 
@@ -44,7 +52,7 @@ def final(log, name):
 
 def test_one_command_trains_sft_then_grpo_and_learns_on_held_out_prompts(home):
     """With room: SFT .4 to .65 greedy and .45 or more at T=1; GRPO .93 greedy, .85 at T=1, and longer answers (README has the figures)."""
-    log = (home / "log").read_text()
+    log = (home / "grpo.py").read_text()
     assert "out/sft does not exist: running sft.py first" in log
     (g0, g1), (a0, a1), (n0, n1) = final(log, "greedy"), final(log, "acc"), final(log, "length")
     assert .4 < g0 < .65 and a0 > .45 and final(log, "pass@8")[0] > .90
@@ -55,6 +63,47 @@ def test_one_command_trains_sft_then_grpo_and_learns_on_held_out_prompts(home):
     assert {"config.json", "metrics.jsonl", "ckpt.pt", "samples.txt"} <= set(os.listdir(home / "out/grpo"))
 
 
+def test_one_command_trains_a_reward_model_then_ppo_and_lifts_what_the_reward_model_never_saw(home):
+    """With room: pair accuracy .93 and well above "the longer answer is better"; PPO .93 greedy and .85 at T=1 by the rule, which only reports."""
+    log = (home / "ppo.py").read_text()
+    assert "out/reward does not exist: running reward.py first" in log
+    pairs, log = log.split("ppo: ")
+    pair_acc, longer, ece = (final(pairs, name)[1] for name in ("acc", "longer", "ece"))
+    assert pair_acc > .93 and pair_acc > longer + .05 and ece < .06 and final(pairs, "alike")[1] > .85 and abs(final(pairs, "acc")[0] - .5) < .4
+    (g0, g1), (_, a1), (s0, s1) = (final(log, name) for name in ("greedy", "acc", "score"))
+    assert g0 < .65 and g1 > .93 and a1 > .85 and s1 > s0 + 1
+    rows = metrics(home / "out/ppo")
+    assert [row["step"] for row in rows] == list(range(41))
+    assert all(row["gap"] < 1e-5 for row in rows[1:]) and abs(rows[1]["kl"]) < 1e-6 < rows[-1]["kl"]
+    assert rows[-1]["ev"] > .2 > rows[1]["ev"] and all(0 <= row["clip_low"] < .1 and 0 <= row["clip_high"] < .1 for row in rows[1:])
+    assert any(row["clip_high"] > 0 for row in rows[1:])                  # several updates a rollout: the clip has work
+
+
+def test_the_reward_model_of_a_default_run_is_centred_on_demonstrations_and_keeps_its_pairs(home):
+    model, tokenizer = M.load(str(home / "out/reward"))
+    rows = M.read_rows(str(home / "out/sft/demonstrations.jsonl"), "prompt", "response")
+    tokens, mask = M.pad_batch(*zip(*[M.encode_answer(tokenizer, row, row["response"]) for row in rows]))
+    scores = M.frozen_scalars(model, tokens, mask, 0)[1]
+    assert abs(scores.mean()) < 1e-3 and scores.std() > .5
+    pairs = M.read_preferences(str(home / "out/reward/preferences.jsonl"))
+    assert len(pairs) > 5000 and all(grpo.score(p, p["chosen"]) > grpo.score(p, p["rejected"]) for p in pairs)
+    assert {M.part(p["prompt"]) for p in pairs} == {"train", "val", "test"}
+
+
+@pytest.fixture(scope="session")
+def judge(small, tmp_path_factory):
+    """A reward model of the small policy's answers by people who like length."""
+    folder = tmp_path_factory.mktemp("judge")
+    done = script("reward.py", "--init", small, *PAIRS, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out/reward"
+
+
+def arguments(name, small, judge):
+    return {"sft.py": SMALL, "reward.py": [*PAIRS, "--init", small], "ppo.py": [*PPO, "--init", small, "--reward", judge],
+            "grpo.py": [*QUICK, "--init", small]}[name]
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A policy too small to be good, in a second."""
@@ -63,21 +112,23 @@ def small(tmp_path_factory):
     return folder / "out/sft"
 
 
-@pytest.mark.parametrize("name", ["sft.py", "grpo.py"])
-def test_two_runs_with_one_seed_write_the_same_metrics_and_another_seed_does_not(name, small, tmp_path):
-    args = SMALL if name == "sft.py" else QUICK + ["--init", small]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_runs_with_one_seed_write_the_same_metrics_and_another_seed_does_not(name, small, judge, tmp_path):
+    args = arguments(name, small, judge)
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert script(name, *args, "--out", out, "--seed", seed, cwd=tmp_path).returncode == 0
     a, b, c = (metrics(tmp_path / x) for x in "abc")
-    assert a == b and a != c and a[-1]["step"] == int(args[args.index("--steps") + 1])
+    assert a == b and a != c
+    assert name == "reward.py" or a[-1]["step"] == int(args[args.index("--steps") + 1])
 
 
-@pytest.mark.parametrize("name, more", [("sft.py", []), ("grpo.py", []), ("grpo.py", ["--ref_every", "2", "--epochs", "2"])])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, tmp_path):
+@pytest.mark.parametrize("name, more", [("sft.py", []), ("reward.py", []), ("ppo.py", []), ("ppo.py", ["--reward", "rule"]), ("grpo.py", []),
+                                        ("grpo.py", ["--ref_every", "2", "--epochs", "2"]), ("grpo.py", ["--reward", "JUDGE"])])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, judge, tmp_path):
     """Cut between two checkpoints: the steps after the last one are done again, and no line is lost or doubled."""
-    args = (SMALL if name == "sft.py" else QUICK + ["--init", small]) + more
+    args = arguments(name, small, judge) + [judge if x == "JUDGE" else x for x in more]
     assert script(name, *args, "--out", "whole", cwd=tmp_path).returncode == 0
-    cut = "import sys, model; log = model.Folder.log; model.Folder.log = lambda self, step, *a, **k: step == 4 + 3 * (self.cfg.steps > 6) and sys.exit(9) or log(self, step, *a, **k)"
+    cut = "import sys, model; log = model.Folder.log; model.Folder.log = lambda self, step, *a, **k: step == 4 + 3 * (self.steps > 6) and sys.exit(9) or log(self, step, *a, **k)"
     code = f"{cut}; import {name[:-3]} as s; sys.argv[0] = '{name}'; model.main(s.train, s.Config)"
     env = os.environ | {"PYTHONPATH": ROOT}
     killed = subprocess.run([sys.executable, "-c", code, *map(str, args), "--out", "cut"], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -96,7 +147,7 @@ def test_an_earlier_run_is_kept_and_a_bool_can_stand_alone(small, tmp_path):
     assert metrics(tmp_path / "out/grpo") == metrics(tmp_path / "out/grpo.1")
 
 
-@pytest.mark.parametrize("name", ["sft.py", "grpo.py"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_explains_every_flag(name, tmp_path):
     done = script(name, "--help", cwd=tmp_path)
     assert done.returncode == 0 and os.listdir(tmp_path) == []
@@ -116,6 +167,41 @@ def test_the_reference_moves_by_its_one_rule(home, tmp_path):
     fixed, a0, a1 = (metrics(tmp_path / x) for x in ("fixed", "a0", "a1"))
     assert fixed == a0 and fixed[-1]["kl"] > 1e-4 and all(row["kl"] < 1e-9 for row in a1[1:])
     assert all(row["clip_low"] == row["clip_high"] == 0 for row in fixed[1:])       # a single update a rollout: the clip is idle
+
+
+def test_a_reward_model_scores_grpos_groups_and_the_rule_scores_ppo(home, tmp_path):
+    """The reward logged is the score, gold the rule's opinion of the same answers; under the rule they are one, and PPO's critic starts at 0."""
+    done = script("grpo.py", *QUICK, "--init", home / "out/sft", "--reward", home / "out/reward", "--out", "grpo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / "grpo")
+    assert all(0 <= row["gold"] <= 1 for row in rows[1:]) and any(abs(row["reward"] - row["gold"]) > .1 for row in rows[1:]) and "val_score" in rows[0]
+    done = script("ppo.py", *PPO, "--init", home / "out/sft", "--reward", "rule", "--out", "ppo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = metrics(tmp_path / "ppo")
+    assert all(row["reward"] == pytest.approx(row["gold"], abs=1e-6) for row in rows[1:]) and "val_score" not in rows[0]
+    assert abs(rows[1]["ev"]) < 1e-6                                      # a critic of zeros explains nothing yet
+
+
+def test_own_preferences_end_to_end(small, judge, tmp_path):
+    """Pairs with margins, HH-RLHF's dialogues, rankings, and rows to collect on; then PPO on prompts alone."""
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("pairs.jsonl", [{"prompt": f"{i}?", "chosen": f"{i}!", "rejected": f"{i}", "margin": i % 3} for i in range(200)])
+    write("talk.jsonl", [{"chosen": f"\n\nHuman: {i}?\n\nAssistant: {i}!", "rejected": f"\n\nHuman: {i}?\n\nAssistant: {i}"} for i in range(200)])
+    write("ranks.jsonl", [{"prompt": f"{i}?", "responses": [f"{i}!!", f"{i}!", str(i)], "ranks": [0, 1, 1 + i % 2]} for i in range(200)])
+    for name in ("pairs", "talk", "ranks"):
+        done = script("reward.py", "--init", small, "--data", f"{name}.jsonl", "--batch", 8, "--out", name, "--lr", 3e-3, cwd=tmp_path)
+        assert done.returncode == 0 and not (tmp_path / name / "preferences.jsonl").exists(), done.stderr
+        assert final(done.stdout, "acc")[1] > .8 and final(done.stdout, "longer")[1] == 1
+    write("rows.jsonl", [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(12) for j in range(12)])
+    done = script("reward.py", "--init", small, "--data", "rows.jsonl", *PAIRS, "--collect_only", "--out", "collected", cwd=tmp_path)
+    assert done.returncode == 0 and os.listdir(tmp_path / "collected") and not (tmp_path / "collected/ckpt.pt").exists(), done.stderr
+    pairs = M.read_preferences(str(tmp_path / "collected/preferences.jsonl"))
+    assert pairs and all(p["prompt"].endswith("=") and len(p["chosen"].encode()) > len(p["rejected"].encode()) - 1 for p in pairs)
+    write("prompts.jsonl", [{"prompt": f"{i}+{i}=", "answer": "in words"} for i in range(99)])
+    done = script("ppo.py", *PPO, "--init", small, "--reward", judge, "--data", "prompts.jsonl", "--out", "ppo", cwd=tmp_path)
+    assert done.returncode == 0 and "greedy" not in done.stdout and "score" in done.stdout, done.stderr
 
 
 def test_curves_are_drawn_where_matplotlib_is(small, tmp_path):
@@ -179,16 +265,30 @@ BAD = [
     ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a"}\n', 'rows.jsonl:1: field "answer" is missing'),
     ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "answer": "b"}\n', 'no number in "answer"'),
     ("grpo.py", ["--init", "rows.jsonl"], "x", "rows.jsonl: no checkpoint here"),
+    ("grpo.py", ["--init", "JUDGE"], None, "this is a reward model, and a policy is needed here"),
+    ("grpo.py", ["--init", "SMALL", "--reward", "SMALL"], None, "this is a policy, and a reward model is needed here"),
+    ("ppo.py", ["--init", "SMALL", "--reward", "nowhere"], None, "nowhere: no checkpoint here"),
+    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--data", "rows.jsonl"], '{"prompt": "a"}\n', 'rows.jsonl:1: field "answer" is missing'),
+    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--lam", "1.5"], None, "--lam 1.5: must be at most 1"),
+    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--minibatch", "100"], None, "--minibatch 100 does not divide the 256 answers"),
+    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--temperature", "0"], None, "--temperature 0.0: must be above 0"),
+    ("reward.py", ["--init", "JUDGE"], None, "this is a reward model, and a policy is needed here"),
+    ("reward.py", ["--init", "SMALL", "--flip", "1.5"], None, "--flip 1.5: must be at most 1"),
+    ("reward.py", ["--init", "SMALL", "--answers", "1"], None, "--answers 1: must be at least 2"),
+    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b"}\n', 'rows.jsonl:1: field "rejected" is missing'),
+    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "chosen and rejected are equal"),
+    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], json.dumps({"prompt": "a", "chosen": "b" * 99, "rejected": "c"}) + "\n", "longer than the context of 64"),
+    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl", "--collect_only"], '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "there is nothing to collect"),
     ("grpo.py", ["--init", "SMALL", "--out", "rows.jsonl"], "x", "rows.jsonl: cannot write here"),
 ]
 
 
 @pytest.mark.parametrize("name, args, content, says", BAD, ids=[says[:50] for *_, says in BAD])
-def test_bad_input_gets_one_clear_line_and_leaves_nothing(name, args, content, says, small, tmp_path):
+def test_bad_input_gets_one_clear_line_and_leaves_nothing(name, args, content, says, small, judge, tmp_path):
     if content is not None:
         (tmp_path / "rows.jsonl").write_text(content)
     there = set(os.listdir(tmp_path))
-    done = script(name, *[small if a == "SMALL" else a for a in args], cwd=tmp_path)
+    done = script(name, *[{"SMALL": small, "JUDGE": judge}.get(a, a) for a in args], cwd=tmp_path)
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1 and says in done.stderr and done.stderr.startswith(name), done.stderr
     assert set(os.listdir(tmp_path)) == there
@@ -201,6 +301,24 @@ def test_a_checkpoint_cut_short_or_of_another_program_is_refused(small, tmp_path
         (tmp_path / str(i) / "ckpt.pt").write_bytes(content)
         done = script("grpo.py", "--init", str(i), cwd=tmp_path)
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"{i}/ckpt.pt: not a nanoPO checkpoint" in done.stderr
+
+
+def test_a_reward_model_made_for_something_else_or_gone_wrong_is_refused(small, judge, tmp_path, monkeypatch):
+    """Another tokenizer, width or context, and scores that are no numbers: one line, before the first step."""
+    policy, tokenizer = M.load(str(small))
+    model, _ = M.load(str(judge))
+    with monkeypatch.context() as patch:
+        patch.setattr(M, "load", lambda *a: (model, tiktoken.Encoding("gpt2", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})))
+        with pytest.raises(M.InputError, match="made for tokenizer gpt2, and the policy has bytes"):
+            M.load_reward("out/x", policy, tokenizer)
+    other = lambda **more: M.ScalarModel(M.GPT(dataclasses.replace(model.trunk.cfg, mlp_width=0, head_dim=0, **more)))
+    sick, _ = M.load(str(judge))
+    sick.head.bias.data.fill_(float("nan"))
+    for says, model in (("made for width 32", other(width=32)), ("made for context 128", other(context=128)), ("a score is not finite", sick)):
+        M.save(str(tmp_path), model, tokenizer)
+        for name, args in (("ppo.py", PPO), ("grpo.py", QUICK)):
+            done = script(name, *args, "--init", small, "--reward", ".", "--out", "out", cwd=tmp_path)
+            assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
 
 
 def test_a_resume_that_is_refused_destroys_nothing(tmp_path):
@@ -243,12 +361,17 @@ def test_a_run_that_goes_wrong_is_stopped_and_the_good_checkpoint_stays(home, tm
     ([{"kl_seq": 11.0}] * 5, "KL to the reference above 10"),
     ([{"end": 0.01}] * 5, "fewer than 5% of answers end"),
     ([{"solved": 0.0}] * 50, "no answer of any group was right"),
+    ([{"val_acc": .5, "val_score": 0.0}, {"val_acc": .7, "val_score": 1.0}, {"val_acc": .6, "val_score": 1.5}, {"reward": 1.0}, {"val_acc": .5, "val_score": 2.0}],
+     "the reward model's score rose from 1.00 to 2.00 while held-out accuracy fell from 0.700 to 0.500"),
+    ([{"val_acc": .7, "val_score": 1.0}] + [{"val_acc": .66, "val_score": 2.0}] * 9, None),          # within two standard errors
+    ([{"val_acc": .7, "val_score": 1.0}] + [{"val_acc": .2, "val_score": 0.5}] * 9, None),           # both fell: another illness
+    ([{"val_acc": .7, "val_score": 1.0}] + [{"val_acc": .5, "val_score": 2.0}, {"val_acc": .7, "val_score": 2.0}] * 4, None),
     ([{"kl_seq": 11.0}] * 4 + [{"kl_seq": 9.0}] + [{"kl_seq": 11.0}] * 4, None),
     ([{"solved": 0.0}] * 49 + [{"solved": 0.1}] + [{"solved": 0.0}] * 49, None),
     ([{"loss": 1.0, "kl_seq": 1.0, "end": 1.0, "solved": 0.5}] * 100, None),
 ])
 def test_each_rule_of_the_guard(stream, rule):
-    guard = Guard(max_kl=10.0)
+    guard = Guard(max_kl=10.0, val=500)
     verdicts = [guard.check(m) for m in stream]
     assert not any(verdicts[:-1])
     assert (verdicts[-1] is None) if rule is None else rule in verdicts[-1]

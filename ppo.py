@@ -152,22 +152,21 @@ def explained_variance(value, ret, mask):
 
 
 def score(row, text):
-    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number
-    of "answer"."""
+    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the sum
+    in two digits. Your own rows: the number of "answer"."""
     if "two_digits" in row:
         return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
-    number = answer_number(text)
-    return float(number is not None and number == answer_number(row["answer"]))
+    gold = answer_number(str(row.get("answer")))
+    return None if gold is None else float(answer_number(text) == gold)
 
 
 def prompts(cfg, tokenizer, context, rule=True):
     """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say
     what is right."""
-    known = lambda row: "two_digits" in row or answer_number(str(row.get("answer"))) is not None
-
     def ready(rows):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
-        rows = usable(rows, known, 'no number in "answer"') if rule else rows
+        if rule:
+            rows = usable(rows, lambda row: score(row, "") is not None, 'no number in "answer"')
         rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
         fits = lambda row: len(row["ids"]) + cfg.max_new <= context
         return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens")
@@ -183,14 +182,12 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
     no_end_reward if it was cut. And the rule's opinion alone, (B,), None where a row does not say what is right. A row
     for each answer; mask on the CPU, as both results are."""
     ended = torch.tensor([text is not None for text in texts])
-    known = all("two_digits" in row or "answer" in row for row in rows)
-    gold = [0.0 if text is None else score(row, text) for row, text in zip(rows, texts)] if known else [math.nan]
-    earned = torch.tensor(gold)
-    if judge:
-        _, earned = (x.cpu() for x in frozen_scalars(judge, tokens, mask, cfg.micro_tokens))
+    gold = [score(row, text or "") for row, text in zip(rows, texts)]
+    gold = None if None in gold else torch.where(ended, torch.tensor(gold), 0.0)
+    earned = frozen_scalars(judge, tokens, mask, cfg.micro_tokens)[1].cpu() if judge else gold
     if not earned[ended].isfinite().all():
         raise InputError(f"--reward {cfg.reward}: gave an answer a score that is not finite")
-    return torch.where(ended, earned, cfg.no_end_reward), torch.tensor(gold) if known else None
+    return torch.where(ended, earned, cfg.no_end_reward), gold
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
@@ -224,13 +221,13 @@ def train(cfg):
     # models and data: all that can be wrong is found here, before the first step
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
-    if cfg.reward != "rule":
-        make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
     policy, tokenizer = load(cfg.init, device, "GPT")
+    rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, cfg.reward == "rule")
+    if not cfg.data:
+        make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
     judge = load_reward(cfg.reward, policy, tokenizer)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = copy.deepcopy(judge).requires_grad_(True) if judge else ScalarModel(copy.deepcopy(policy)).to(device)
-    rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, judge is None)
     optimizer = Optimizers(*make_optimizer(policy, cfg.lr, eps=1e-5).parts,
                            *make_optimizer(critic, cfg.critic_lr, eps=1e-5).parts)
     print(f"ppo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "

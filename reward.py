@@ -101,12 +101,12 @@ def ranking_loss(scores, ranks, n=None):
 
 
 def score(row, text):
-    """1 for a right answer, else 0. The built-in sums: one '#', then the sum in two digits. Your own rows: the number
-    of "answer"."""
+    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the sum
+    in two digits. Your own rows: the number of "answer"."""
     if "two_digits" in row:
         return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
-    number = answer_number(text)
-    return float(number is not None and number == answer_number(row["answer"]))
+    gold = answer_number(str(row.get("answer")))
+    return None if gold is None else float(answer_number(text) == gold)
 
 
 def rank(row, texts, length, cfg, rng):
@@ -126,9 +126,9 @@ def collect(policy, tokenizer, rows, cfg, rng):
         for j, row in enumerate(chunk):
             k = slice(j * cfg.answers, (j + 1) * cfg.answers)
             seen = {text: n for text, n in zip(texts[k], length[k]) if text}                 # the same answer once
-            for_rank = rank(row, list(seen), seen.values(), cfg, rng) if seen else []
+            ranks = rank(row, list(seen), seen.values(), cfg, rng) if seen else []
             pairs += [{name: row[name] for name in own if name in row} | {"chosen": w, "rejected": l}
-                      for w, a in zip(seen, for_rank) for l, b in zip(seen, for_rank) if a < b]
+                      for w, a in zip(seen, ranks) for l, b in zip(seen, ranks) if a < b]
     if not pairs:
         raise InputError(f"{len(rows)} prompts gave no pair: the answers of each are all right, all wrong or all cut")
     return pairs
@@ -154,11 +154,10 @@ def rankings(pairs):
 def prompts(cfg, tokenizer, context, rule=True):
     """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say
     what is right."""
-    known = lambda row: "two_digits" in row or answer_number(str(row.get("answer"))) is not None
-
     def ready(rows):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
-        rows = usable(rows, known, 'no number in "answer"') if rule else rows
+        if rule:
+            rows = usable(rows, lambda row: score(row, "") is not None, 'no number in "answer"')
         rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
         fits = lambda row: len(row["ids"]) + cfg.max_new <= context
         return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens")

@@ -48,7 +48,7 @@ class Config:
     group: int = 8                # G, answers to each; their mean reward is the baseline
     max_new: int = 24             # longest answer in tokens; one that has not ended by then is cut
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    no_end_reward: float = 0.0    # reward of an answer that was cut: neither rule nor reward model ever sees it
+    no_end_reward: float = 0.0    # reward of an answer that was cut, or the rollout's worst score if that is lower
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     kl_beta: float = 0.02         # β, price of leaving the reference; 0 leaves the policy free
@@ -111,8 +111,8 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
 
 
 def score(row, text):
-    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the sum
-    in two digits. Your own rows: the number of "answer"."""
+    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the
+    sum in two digits. Your own rows: the number of "answer"."""
     if "two_digits" in row:
         return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
     gold = answer_number(str(row.get("answer")))
@@ -137,16 +137,17 @@ def prompts(cfg, tokenizer, context, rule=True):
 
 
 def rewards(cfg, judge, rows, tokens, mask, texts):
-    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None, and
-    no_end_reward if it was cut. And the rule's opinion alone, (B,), None where a row does not say what is right. A row
-    for each answer; mask on the CPU, as both results are."""
+    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None; if it was cut,
+    no_end_reward, or the worst score here where that is lower: or being cut would beat being wrong. And the rule's
+    opinion alone, (B,), None where a row does not say what is right. A row for each answer; mask on the CPU, as both
+    results are."""
     ended = torch.tensor([text is not None for text in texts])
     gold = [score(row, text or "") for row, text in zip(rows, texts)]
     gold = None if None in gold else torch.where(ended, torch.tensor(gold), 0.0)
     earned = frozen_scalars(judge, tokens, mask, cfg.micro_tokens)[1].cpu() if judge else gold
     if not earned[ended].isfinite().all():
         raise InputError(f"--reward {cfg.reward}: gave an answer a score that is not finite")
-    return torch.where(ended, earned, cfg.no_end_reward), gold
+    return torch.where(ended, earned, min([cfg.no_end_reward, *earned[ended].tolist()])), gold
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
@@ -180,7 +181,7 @@ def train(cfg):
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
     policy, tokenizer = load(cfg.init, device, "GPT")
     rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, cfg.reward == "rule")
-    if not cfg.data:
+    if not cfg.data and cfg.init == Config.init:
         make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
     judge = load_reward(cfg.reward, policy, tokenizer)
     reference = copy.deepcopy(policy).requires_grad_(False)

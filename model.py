@@ -564,6 +564,8 @@ def load_reward(path, policy, tokenizer):
     if path == "rule":
         return None
     model, own = load(path, policy.device, "ScalarModel")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise InputError(f"--reward {path}: its weights are not finite, and neither are its scores")
     facts = [("tokenizer", own.name, tokenizer.name)]
     facts += [(name, getattr(model.trunk.cfg, name), getattr(policy.cfg, name)) for name in ("width", "context")]
     for name, theirs, ours in facts:
@@ -646,7 +648,7 @@ def read_rows(path, *needed):
 
 
 def read_preferences(path):
-    """JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one for each pair.
+    r"""JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one for each pair.
 
     Read are pairs, with a number "margin" if there is one; pairs without "prompt", which are dialogues as HH-RLHF has
     them, split behind the last "\n\nAssistant:"; and {"prompt", "responses": [best, ..., worst]}, with "ranks" where
@@ -662,8 +664,10 @@ def read_preferences(path):
             if not isinstance(ranks, list) or len(ranks) != len(texts) or not all(type(r) is int for r in ranks):
                 raise InputError(f'{row["at"]}: field "ranks" must be a list of whole numbers, one for each response')
             some = [{"chosen": w, "rejected": l} for w, i in zip(texts, ranks) for l, j in zip(texts, ranks) if i < j]
+            if not some or len(set(texts)) < len(texts):
+                some = [{"chosen": texts[0], "rejected": texts[0]}]                          # to be dropped below
             row = {name: x for name, x in row.items() if name not in ("responses", "ranks")}
-            rows += [row | pair for pair in some or [{"chosen": texts[0], "rejected": texts[0]}]]
+            rows += [row | pair for pair in some]
         elif "prompt" not in row and all(last in str(row.get(x)) for x in ("chosen", "rejected")):
             (prompt, _, chosen), (other, _, rejected) = (row[x].rpartition(last) for x in ("chosen", "rejected"))
             rows.append(row | {"prompt": prompt + last, "other": other + last, "chosen": chosen, "rejected": rejected})
@@ -671,11 +675,13 @@ def read_preferences(path):
             rows.append(row)
     for row in rows:
         need_text(row, "prompt", "chosen", "rejected")
+        if all(row[x].startswith(row["prompt"]) for x in ("chosen", "rejected")):            # they repeat the prompt
+            row |= {x: row[x][len(row["prompt"]):] for x in ("chosen", "rejected")}
         if type(row.get("margin", 0)) not in (int, float) or not math.isfinite(row.get("margin", 0)):
             raise InputError(f'{row["at"]}: field "margin" must be a number')
     rows = usable(rows, lambda row: row["prompt"] == row.get("other", row["prompt"]), "the two prompts differ")
     rows = usable(rows, lambda row: all(row[x].strip() for x in ("prompt", "chosen", "rejected")), "a text is empty")
-    return usable(rows, lambda row: row["chosen"] != row["rejected"], "chosen and rejected are equal, or all tie")
+    return usable(rows, lambda row: row["chosen"] != row["rejected"], "its answers are equal, all tie or repeat")
 
 
 def need_text(row, *needed):
@@ -693,12 +699,13 @@ def check_messages(messages, at, answered):
         raise InputError(f'{at}: field "messages" must end with the assistant\'s turn, not {messages[-1]["role"]!r}')
 
 
-def usable(rows, good, why):
-    """The rows for which good(row), the others counted aloud with the first one's line; an error if none remain."""
+def usable(rows, good, why, need=True):
+    """The rows for which good(row), the others counted aloud with the first one's line; with need, an error if none
+    remain."""
     kept, bad = [row for row in rows if good(row)], [row for row in rows if not good(row)]
     if bad:
         print(f"dropped {len(bad)} of {len(rows)} rows: {why}; the first is {bad[0].get('at', repr(bad[0]['prompt']))}")
-    if bad and not kept:
+    if bad and need and not kept:
         raise InputError(f"no row is left: {why}")
     return kept
 
@@ -714,10 +721,10 @@ def split(rows, test=None):
         test = parts["test"]
     else:
         told = {row["prompt"] for row in test}
-        untold = lambda rows: usable(rows, lambda row: row["prompt"] not in told, "its prompt is in --test")
+        untold = lambda rows: usable(rows, lambda row: row["prompt"] not in told, "its prompt is in --test", need=False)
         train, val = untold(train + parts["test"]), untold(val)
     if not train:
-        raise InputError("no row is left to train on: the hash of their prompts holds all of them out; give more rows")
+        raise InputError("no row is left to train on: all are held out, by a hash of the prompt; give more rows")
     return train, val, test
 
 
@@ -829,8 +836,9 @@ def frozen_scalars(model, tokens, mask, budget):
     """value (B, T) and score (B,) of a whole rollout without gradient, in pieces. mask (B, T) on the CPU."""
     value = torch.zeros(tokens.shape, device=tokens.device, dtype=model.head.weight.dtype)
     score = value.new_zeros(len(tokens))
+    mask_dev = mask.to(tokens.device)
     for j, t, _ in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
-        value[j, :t], score[j] = model.read(tokens[j, :t], mask.to(tokens.device)[j, :t])
+        value[j, :t], score[j] = model.read(tokens[j, :t], mask_dev[j, :t])
     return value, score
 
 
@@ -1012,7 +1020,7 @@ def parse_config(Config, argv=None):
 
 
 def script_name(Config):
-    """The first word of a script's docstring: SFT, GRPO."""
+    """What a script's docstring begins with: SFT, Reward model, PPO for RLHF."""
     return inspect.getmodule(Config).__doc__.split(":")[0].strip()
 
 

@@ -11,7 +11,7 @@ Sample several answers to a prompt, let a person rank them, and fit a score whos
     paper   φ, r   x, y           y_w, y_l           m       K                 pairs(x)
     here    model  tokens (N, T)  chosen, rejected   margin  answers, (P, K)   ranks[p, w] < ranks[p, l]
 
-All the pairs of a prompt are one element of a batch and every answer is read once: pairs that share answers are
+All the pairs of one ranking are one element of a batch and every answer is read once: pairs that share answers are
 correlated, and as separate rows they would be seen K - 1 times in one epoch. Ties are dropped, and the divisor is the
 number of pairs kept (the paper, without ties, has K choose 2). m is Llama 2's margin (arXiv 2307.09288, Eq. 2), 0
 unless the data has one. Only differences count in the loss, so the level of r is free: afterwards the mean score of
@@ -33,6 +33,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +102,8 @@ def ranking_loss(scores, ranks, n=None):
 
 
 def score(row, text):
-    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the sum
-    in two digits. Your own rows: the number of "answer"."""
+    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the
+    sum in two digits. Your own rows: the number of "answer"."""
     if "two_digits" in row:
         return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
     gold = answer_number(str(row.get("answer")))
@@ -111,7 +112,7 @@ def score(row, text):
 
 def rank(row, texts, length, cfg, rng):
     """A person's ranks of the answers to one prompt, 0 for the best, equal ranks for ties."""
-    like = [score(row, text) + cfg.length_taste * n for text, n in zip(texts, length)]
+    like = [round(score(row, text) + cfg.length_taste * n, 9) for text, n in zip(texts, length)]
     ranks = [sorted(set(like), reverse=True).index(x) for x in like]
     return [max(ranks) - r for r in ranks] if rng.random() < cfg.flip else ranks
 
@@ -125,12 +126,10 @@ def collect(policy, tokenizer, rows, cfg, rng):
         texts, length = answers(tokenizer, tokens, mask, policy.cfg.stop), mask.sum(1).int().tolist()
         for j, row in enumerate(chunk):
             k = slice(j * cfg.answers, (j + 1) * cfg.answers)
-            seen = {text: n for text, n in zip(texts[k], length[k]) if text}                 # the same answer once
+            seen = {text: n for text, n in zip(texts[k], length[k]) if text and text.strip()}    # the same answer once
             ranks = rank(row, list(seen), seen.values(), cfg, rng) if seen else []
             pairs += [{name: row[name] for name in own if name in row} | {"chosen": w, "rejected": l}
                       for w, a in zip(seen, ranks) for l, b in zip(seen, ranks) if a < b]
-    if not pairs:
-        raise InputError(f"{len(rows)} prompts gave no pair: the answers of each are all right, all wrong or all cut")
     return pairs
 
 
@@ -142,9 +141,11 @@ def rankings(pairs):
         of.setdefault(pair["prompt"], []).append(pair)
     for group in of.values():
         given = {(pair["chosen"], pair["rejected"]) for pair in group}
-        beaten = {text: sum(l == text for _, l in given) for pair in given for text in pair}     # by how many others
-        texts = sorted(beaten, key=lambda text: (beaten[text], text))
-        if not margins and given == {(w, l) for w in texts for l in texts if beaten[w] < beaten[l]}:
+        beaten = Counter(l for _, l in given)                             # by how many others
+        texts = sorted({text for pair in given for text in pair}, key=lambda text: (beaten[text], text))
+        ties = sum(n * (n - 1) // 2 for n in Counter(beaten[text] for text in texts).values())
+        whole = len(given) == len(texts) * (len(texts) - 1) // 2 - ties and all(beaten[w] < beaten[l] for w, l in given)
+        if whole and not margins:
             rows.append(group[0] | {"responses": texts, "ranks": [beaten[text] for text in texts]})
         else:
             rows += [pair | {"responses": [pair["chosen"], pair["rejected"]], "ranks": [0, 1]} for pair in group]
@@ -183,16 +184,18 @@ def preferences(cfg, policy, tokenizer):
         pairs = read_preferences(os.path.join(cfg.out, "preferences.jsonl"))
     else:
         pairs = collect(policy, tokenizer, sum(heldout, rows), cfg, random.Random(cfg.seed))
+    if not any(part.get(pair["prompt"]) == 0 for pair in pairs):
+        raise InputError(f"{len(rows)} prompts gave no pair: the answers of each are all right, all wrong or all cut")
     return [[pair for pair in pairs if part.get(pair["prompt"]) == i] for i in range(3)], pairs
 
 
-def ready(pairs, tokenizer, context):
+def ready(pairs, tokenizer, context, need=True):
     """Rankings, each answer with the "tokens" of prompt, answer and end token, and their "mask"."""
     rows = rankings(pairs)
     for row in rows:
         row["tokens"], row["mask"] = zip(*[encode_answer(tokenizer, row, text) for text in row["responses"]])
     fits = lambda row: max(map(len, row["tokens"])) <= context
-    return usable(rows, fits, f"an answer is longer than the context of {context} tokens")
+    return usable(rows, fits, f"an answer is longer than the context of {context} tokens", need)
 
 
 def demonstrated(cfg, tokenizer, context):
@@ -218,7 +221,7 @@ def centre(model, demos, cfg, device):
         model.head.bias -= read_scores(model, *demos, cfg, device).mean().to(device)
 
 
-def report(model, rows, cfg, device):
+def assess(model, rows, cfg, device):
     """How the scores predict rankings that were not learned from: a dict, and the calibration as lines of text.
 
     acc: share of pairs in the right order, a tie being wrong; ±: half of its 95% interval, the pairs of one prompt not
@@ -233,7 +236,7 @@ def report(model, rows, cfg, device):
     length, pairs, start = torch.tensor([float(sum(m)) for m in masks]), [], 0
     for p, row in enumerate(rows):
         texts, ours = row["responses"], "two_digits" in row
-        right = [score(row, text) if ours else 0.0 for text in texts]
+        right = [score(row, text) or 0.0 for text in texts]
         for w, l in itertools.product(range(len(texts)), repeat=2):
             if row["ranks"][w] < row["ranks"][l]:
                 alike = ours and ("," in texts[w]) == ("," in texts[l])
@@ -245,7 +248,9 @@ def report(model, rows, cfg, device):
     off = torch.zeros(len(rows)).index_add(0, p, (lead > 0).float() - acc)    # (rows,)  what a prompt adds to the error
     found = {"acc": acc, "±": 1.96 * off.norm() / len(lead)}
     if alike.any():
-        found |= {"alike": (lead[alike] > 0).float().mean(), "gold": (lead * better > 0)[better != 0].float().mean()}
+        found["alike"] = (lead[alike] > 0).float().mean()
+    if better.any():
+        found["gold"] = (lead * better > 0)[better != 0].float().mean()
     sure = lead.abs().sigmoid()                                           # predicted chance of the favourite
     wins = (lead > 0) + 0.5 * (lead == 0)
     bins, lines, gap = ((sure - 0.5) * 10).int().clamp(max=4), "", 0.0
@@ -254,8 +259,9 @@ def report(model, rows, cfg, device):
         gap += n / len(lead) * abs(x - y)
         lines += f"    predicted {x:.3f}, won {y:.3f} of {n} pairs\n"
     found |= {"margin": lead.mean(), "loss": F.softplus(-lead).mean(), "ece": gap,
-              "corr": torch.corrcoef(torch.stack([r, length]))[0, 1],
               "longer": ((longer > 0) + 0.5 * (longer == 0)).mean()}
+    if length.std() > 0 and r.std() > 0:
+        found["corr"] = torch.corrcoef(torch.stack([r, length]))[0, 1]
     return {name: float(x) for name, x in found.items()}, lines
 
 
@@ -271,7 +277,7 @@ def train(cfg):
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
     policy, tokenizer = load(cfg.init, device, "GPT")
     parts, collected = preferences(cfg, policy, tokenizer)
-    rows, val, test = (ready(pairs, tokenizer, policy.cfg.context) for pairs in parts)
+    rows, val, test = (ready(pairs, tokenizer, policy.cfg.context, pairs is parts[0]) for pairs in parts)
     K = max(len(row["responses"]) for row in rows)
     batch = min(cfg.batch, len(rows))
     steps = len(rows) // batch                                            # one epoch
@@ -289,7 +295,7 @@ def train(cfg):
         print(f"{len(collected):,} pairs are in {out.path('preferences.jsonl')}")
     if cfg.collect_only:
         return
-    before = saved.get("before") or report(model, test, cfg, device)[0]
+    before = saved.get("before") or assess(model, test, cfg, device)[0]
     todo = batches(rows, batch, cfg.seed, start=first)
 
     for step in range(first + 1, steps + 1):
@@ -323,14 +329,14 @@ def train(cfg):
         last = step == steps
         if last or step % cfg.eval_every == 0:
             centre(model, demos, cfg, device)
-            metrics |= {f"val_{name}": x for name, x in report(model, val, cfg, device)[0].items()}
+            metrics |= {f"val_{name}": x for name, x in assess(model, val, cfg, device)[0].items()}
         why = out.log(step, "loss acc margin gnorm step_s val_loss val_acc val_alike", **metrics)
         if why:
             out.stop(model, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
             out.save(model, optimizer, step, before=before)
 
-    after, calibration = report(model, test, cfg, device)
+    after, calibration = assess(model, test, cfg, device)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}\n{calibration}")
     out.plot("loss val_loss", "acc val_acc", "margin val_margin")
 

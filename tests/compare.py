@@ -1,7 +1,7 @@
 """
 The README's table and figure: every algorithm from the same SFT checkpoints over several seeds, on the 1,000 test prompts.
 
-    python tests/compare.py             five seeds, about ten minutes on two CPU cores -> out/compare, assets/grpo.png
+    python tests/compare.py             five seeds, about half an hour on two CPU cores -> out/compare, assets/grpo.png
     python tests/compare.py --seeds 1
 
 Runs that are already in out/compare are not done again. Settings were chosen on the validation prompts; this reports on the test prompts.
@@ -62,7 +62,7 @@ def on_test_pairs(folder):
     """What reward.py's report says of the reward model in `folder`, on the pairs of test prompts that it kept there."""
     model, tokenizer = load(folder)
     _, _, test = split(read_preferences(f"{folder}/preferences.jsonl"))
-    return reward.report(model, reward.ready(test, tokenizer, model.trunk.cfg.context), reward.Config(), torch.device("cpu"))[0]
+    return reward.assess(model, reward.ready(test, tokenizer, model.trunk.cfg.context), reward.Config(), torch.device("cpu"))[0]
 
 
 def interval(values):

@@ -1,13 +1,13 @@
 """
 Reward hacking and over-optimisation, to be seen (Gao et al. 2022, arXiv 2210.10760): the README's second figure.
 
-    python tests/hacking.py             three seeds, about twenty minutes -> out/hacking, assets/hacking.png
+    python tests/hacking.py             three seeds, about a quarter of an hour -> out/hacking, assets/hacking.png
     python tests/hacking.py --seeds 1
 
 PPO optimises reward models, and the rule, which none of them knows, keeps the true score:
 
-    weak   a reward model of 200 prompts, three in ten of them ranked upside down; with no price on leaving the SFT model, with
-           a small one, and with the default
+    weak   a reward model of 200 prompts, three in ten of them ranked upside down; with no price on leaving the SFT model and
+           with the default price
     long   a reward model of people who like long answers, and fair, one of people who do not; both without a price
 
 Everything is measured on validation prompts, an answer each at temperature 1: score, accuracy and length, and the KL to the
@@ -15,10 +15,11 @@ SFT model, in nats an answer. Runs that are already there are not done again; co
 """
 import argparse
 import json
+import os
 
 from compare import interval, train
 
-RUNS = {"weak, β = 0": ("weak", "0"), "weak, β = .02": ("weak", "0.02"), "weak, β = .3": ("weak", "0.3"), "fair, β = 0": ("fair", "0"), "long, β = 0": ("long", "0")}
+RUNS = {"weak, β = 0": ("weak", "0"), "weak, β = .3": ("weak", "0.3"), "fair, β = 0": ("fair", "0"), "long, β = 0": ("long", "0")}
 PEOPLE = {"weak": ["--prompts", "200", "--flip", "0.3"], "long": ["--length_taste", "0.1"]}
 
 
@@ -48,7 +49,7 @@ def figure(seeds, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colour = dict(zip(RUNS, ("tab:red", "tab:orange", "tab:green", "tab:gray", "tab:purple")))
+    colour = dict(zip(RUNS, ("tab:red", "tab:green", "tab:gray", "tab:purple")))
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for runs in seeds:
         for name, rows in runs.items():
@@ -64,6 +65,7 @@ def figure(seeds, path):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(x)
         axis.legend(fontsize=8)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     fig.savefig(path, dpi=120)
 
 

@@ -209,7 +209,7 @@ def test_the_first_step_has_ratio_1_and_approximate_kl_0(family):
     logp, _ = policy.token_logp(tokens, mask, 0.8)
     loss, stats = ppo_loss(logp, sampled, adv, mask, 1e-6)
     assert stats["clip_low"] == stats["clip_high"] == 0 and stats["approx_kl"].abs() < 1e-15
-    assert math.isclose(loss, -(adv * mask).sum() / mask.sum(), abs_tol=1e-9)
+    assert math.isclose(loss.item(), -(adv * mask).sum() / mask.sum(), abs_tol=1e-9)
     vloss, stats = value_loss(critic.value(tokens), value, ret, mask, 1e-6)
     assert stats["value_clip"] < 1e-9 and math.isclose(vloss, 0.5 * ((value - ret).square() * mask).sum() / mask.sum(), rel_tol=1e-4)
 

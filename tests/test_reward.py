@@ -183,7 +183,7 @@ def test_the_report_on_scores_that_are_known(monkeypatch):
     pairs = [("1+1=", "01,02#02", "#05", "02"), ("2+2=", "#04", "02,03#03", "04"), ("3+3=", "#06", "#05", "06")]
     rows = reward.ready([{"prompt": p, "chosen": w, "rejected": l, "two_digits": d} for p, w, l, d in pairs], tokenizer, 64)
     monkeypatch.setattr(reward, "read_scores", lambda *a: torch.tensor([2.0, 0.0, 1.0, 2.0, 0.5, 0.5]))
-    found, _ = reward.report(None, rows, cfg(), None)
+    found, _ = reward.assess(None, rows, cfg(), None)
     sigma = lambda x: 1 / (1 + math.exp(-x))
     assert found["acc"] == pytest.approx(1 / 3)                                              # won, lost, tied
     assert found["±"] == pytest.approx(1.96 * (4 / 9 + 1 / 9 + 1 / 9) ** .5 / 3)
@@ -205,9 +205,9 @@ def test_swapping_the_answers_turns_the_lead_around_and_the_interval_knows_that_
     assert len(rows) == 8 and all(row["responses"] == ["u", "v", "x", "y"] for row in rows)
     r = torch.tensor([[1.0, 1, 0, 0]] * 6 + [[0, 0, 1.0, 1]] * 2).flatten()
     monkeypatch.setattr(reward, "read_scores", lambda *a: r)
-    one, _ = reward.report(None, rows, cfg(), None)
+    one, _ = reward.assess(None, rows, cfg(), None)
     monkeypatch.setattr(reward, "read_scores", lambda *a: -r)
-    other, _ = reward.report(None, rows, cfg(), None)
+    other, _ = reward.assess(None, rows, cfg(), None)
     assert one["acc"] == .75 and other["acc"] == .25 and one["margin"] == -other["margin"] == .5
     assert one["±"] == pytest.approx(1.96 * (.75 * .25 / 8) ** .5)                           # 8 prompts, not 32 pairs
 

@@ -211,7 +211,7 @@ def test_the_first_step_has_ratio_1_and_approximate_kl_0(family):
     assert stats["clip_low"] == stats["clip_high"] == 0 and stats["approx_kl"].abs() < 1e-15
     assert math.isclose(loss.item(), -(adv * mask).sum() / mask.sum(), abs_tol=1e-9)
     vloss, stats = value_loss(critic.value(tokens), value, ret, mask, 1e-6)
-    assert stats["value_clip"] < 1e-9 and math.isclose(vloss, 0.5 * ((value - ret).square() * mask).sum() / mask.sum(), rel_tol=1e-4)
+    assert stats["value_clip"] < 1e-9 and math.isclose(vloss.item(), 0.5 * ((value - ret).square() * mask).sum() / mask.sum(), rel_tol=1e-4)
 
 
 def test_micro_batches_change_no_gradient_of_policy_or_critic():
@@ -304,9 +304,12 @@ def test_a_cut_answer_gets_its_penalty_and_never_a_score():
     cfg = ppo.Config(no_end_reward=-3.0)
     reward, gold = ppo.rewards(cfg, None, rows, tokens, mask, texts)
     assert reward.tolist() == [1, 0, -3] and gold.tolist() == [1, 0, 0]
-    reward, gold = ppo.rewards(cfg, judge, rows, tokens, mask, texts)
-    torch.testing.assert_close(reward[:2], judge.score(tokens, mask)[:2].detach())
-    assert reward[2] == -3 and gold.tolist() == [1, 0, 0]
+    assert ppo.rewards(ppo.Config(), None, rows, tokens, mask, texts)[0].tolist() == [1, 0, 0]
+    for level in (10.0, -50.0):                                           # being cut never beats the worst answer that ended
+        judge.head.bias.data.fill_(level)
+        reward, gold = ppo.rewards(cfg, judge, rows, tokens, mask, texts)
+        torch.testing.assert_close(reward[:2], judge.score(tokens, mask)[:2].detach())
+        assert reward[2] == min(-3, reward[:2].min()) and gold.tolist() == [1, 0, 0]
     assert ppo.rewards(cfg, judge, [{"prompt": "x"}] * 3, tokens, mask, texts)[1] is None
     judge.head.bias.data.fill_(math.nan)
     with pytest.raises(InputError, match="not finite"):

@@ -10,7 +10,7 @@ import torch
 
 import reward
 from conftest import PROMPTS, tiny
-from model import InputError, ScalarModel, make_tokenizer, micro_batches, frozen_scalars, pad_batch, read_preferences
+from model import GPTConfig, InputError, ScalarModel, make_tokenizer, micro_batches, frozen_scalars, pad_batch, read_preferences
 from reward import bradley_terry_loss, ranking_loss
 
 LN2 = math.log(2)
@@ -47,6 +47,8 @@ def test_pairwise_loss_is_the_closed_form_with_its_margin():
     torch.testing.assert_close(dl, -expected)
     assert stats["acc"] == sum(a > b for a, b in zip(w.tolist(), l.tolist())) / 7 and math.isclose(stats["margin"], (w - l).mean().item(), rel_tol=1e-12)
     assert bradley_terry_loss(w, w)[1]["acc"] == 0                                           # a tie is not a success
+    halves = [bradley_terry_loss(w[i], l[i], m[i], n=7)[0] for i in (slice(0, 3), slice(3, 7))]
+    assert torch.isclose(sum(halves), loss)                                                  # micro-batches change nothing
 
 
 @pytest.mark.parametrize("loss", [lambda x: bradley_terry_loss(x[:, 0], x[:, 1], 0.3)[0], lambda x: ranking_loss(x, torch.tensor([[0, 1, 1, 2], [1, 0, -1, -1], [2, 0, 0, 0]]))[0]])
@@ -160,6 +162,36 @@ def test_the_share_of_wrong_labels_is_the_share_asked_for():
     assert abs(sum(r[0] for r in ranks) / 4000 - .3) < .03                                  # 4 standard errors
 
 
+def test_people_who_are_torn_call_it_a_tie():
+    """1 + .1 x 4 and 0 + .1 x 14 are one value, whatever floating point says."""
+    assert reward.rank(ROW, ["#20", "12,21,30#30"], [4, 14], cfg(length_taste=.1), random.Random(0)) == [0, 0]
+
+
+def test_collection_keeps_the_better_answer_first_and_drops_what_was_cut_empty_or_the_same():
+    """A policy whose four answers are known: one right, twice, one wrong, one of spaces; then one right, one cut, one wrong, one empty."""
+    tokenizer = make_tokenizer("bytes")
+
+    class Policy:
+        cfg = GPTConfig()
+
+        def generate(self, prompts, group, max_new):
+            assert group == 4 and len(prompts) == 2
+            said = [p + tokenizer.encode_ordinary(t) + end for p, texts in zip(prompts, (["#05", "#05", "#06", "  "], ["#07", "#0", "#09", ""]))
+                    for t, end in zip(texts, [[256], [256] if texts[1] == "#05" else [], [256], [256]])]
+            return (*pad_batch(said, [[0] * 4 + [1] * (len(x) - 4) for x in said]), None)
+
+    rows = [{"prompt": p, "two_digits": d, "ids": tokenizer.encode_ordinary(p)} for p, d in (("2+3=", "05"), ("3+6=", "09"))]
+    pairs = reward.collect(Policy(), tokenizer, rows, cfg(), random.Random(0))
+    assert [(p["prompt"], p["chosen"], p["rejected"], p["two_digits"]) for p in pairs] == [("2+3=", "#05", "#06", "05"), ("3+6=", "#09", "#07", "09")]
+    liked = reward.collect(Policy(), tokenizer, rows, cfg(flip=1.0), random.Random(0))
+    assert [(p["chosen"], p["rejected"]) for p in liked] == [("#06", "#05"), ("#07", "#09")]
+
+
+def test_many_pairs_of_one_prompt_cost_no_square():
+    pairs = [{"prompt": "p", "chosen": f"w{i}", "rejected": f"l{i}"} for i in range(20_000)]
+    assert len(reward.rankings(pairs)) == 20_000
+
+
 def test_pairs_of_one_ranking_are_put_together_again_and_no_others():
     def pairs(texts, ranks, prompt="p"):
         return [{"prompt": prompt, "chosen": w, "rejected": l} for w, a in zip(texts, ranks) for l, b in zip(texts, ranks) if a < b]
@@ -178,7 +210,7 @@ def test_pairs_of_one_ranking_are_put_together_again_and_no_others():
 
 
 def test_the_report_on_scores_that_are_known(monkeypatch):
-    """Four prompts with a pair each and one with three answers; every figure by hand."""
+    """Three prompts with a pair each, won, lost and tied; every figure by hand."""
     tokenizer = make_tokenizer("bytes")
     pairs = [("1+1=", "01,02#02", "#05", "02"), ("2+2=", "#04", "02,03#03", "04"), ("3+3=", "#06", "#05", "06")]
     rows = reward.ready([{"prompt": p, "chosen": w, "rejected": l, "two_digits": d} for p, w, l, d in pairs], tokenizer, 64)
@@ -229,6 +261,8 @@ def test_the_three_formats_of_preferences(tmp_path, capsys):
     assert (dialogue["prompt"], dialogue["chosen"], dialogue["rejected"]) == (talk, " yes", " no")
     three = read(tmp_path, {"prompt": "q", "responses": ["a", "b", "c"], "ranks": [0, 1, 1]})
     assert [(x["chosen"], x["rejected"]) for x in three] == [("a", "b"), ("a", "c")]
+    whole, = read(tmp_path, {"prompt": talk, "chosen": talk + " yes", "rejected": talk + " no"})
+    assert (whole["prompt"], whole["chosen"], whole["rejected"]) == (talk, " yes", " no")    # texts that repeat the prompt
     assert "dropped" not in capsys.readouterr().out
 
 
@@ -239,7 +273,7 @@ def test_pairs_that_say_nothing_are_dropped_and_counted(tmp_path, capsys):
     assert len(kept) == 1
     said = capsys.readouterr().out
     assert "dropped 1 of 5 rows: the two prompts differ; the first is" in said and "rows.jsonl:4" in said
-    assert "dropped 1 of 4 rows: a text is empty" in said and "dropped 2 of 3 rows: chosen and rejected are equal" in said
+    assert "dropped 1 of 4 rows: a text is empty" in said and "dropped 2 of 3 rows: its answers are equal" in said
 
 
 @pytest.mark.parametrize("row, says", [
@@ -249,7 +283,9 @@ def test_pairs_that_say_nothing_are_dropped_and_counted(tmp_path, capsys):
     ({"prompt": "p", "responses": ["a"]}, 'field "responses" must be a list of two texts or more'),
     ({"prompt": "p", "responses": ["a", "b"], "ranks": [0]}, 'field "ranks" must be a list of whole numbers, one for each'),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}, 'field "margin" must be a number'),
-    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "no row is left: chosen and rejected are equal"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": math.nan}, 'field "margin" must be a number'),
+    ({"prompt": "p", "chosen": "a", "rejected": "a"}, "no row is left: its answers are equal"),
+    ({"prompt": "p", "responses": ["a", "b", "a"]}, "no row is left: its answers are equal, all tie or repeat"),
 ])
 def test_bad_preferences_are_named_by_line_and_field(row, says, tmp_path):
     with pytest.raises(InputError) as e:

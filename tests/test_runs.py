@@ -12,6 +12,8 @@ import torch
 
 import model as M
 import grpo
+import ppo
+import reward
 from conftest import ROOT
 from model import Guard
 
@@ -20,7 +22,8 @@ SCRIPTS = ["sft.py", "reward.py", "ppo.py", "grpo.py"]
 SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "12", "--eval_every", "5", "--batch", "8"]
 QUICK = ["--steps", "6", "--prompts", "4", "--group", "4", "--minibatch", "8", "--eval_every", "3"]
 PPO = ["--steps", "6", "--prompts", "16", "--minibatch", "8", "--eval_every", "3"]
-PAIRS = ["--prompts", "64", "--answers", "3", "--batch", "4", "--length_taste", "1", "--eval_every", "3"]      # a taste that any answers can meet
+SHORT = ["--max_new", "6"]
+PAIRS = ["--prompts", "64", "--batch", "4", "--length_taste", "0.1", "--eval_every", "3"]                     # a taste that any answers can meet
 
 
 def script(name, *args, cwd, **kwargs):
@@ -91,17 +94,27 @@ def test_the_reward_model_of_a_default_run_is_centred_on_demonstrations_and_keep
 
 
 @pytest.fixture(scope="session")
-def judge(small, tmp_path_factory):
-    """A reward model of the small policy's answers by people who like length."""
-    folder = tmp_path_factory.mktemp("judge")
-    done = script("reward.py", "--init", small, *PAIRS, cwd=folder)
+def adder(tmp_path_factory):
+    """A small policy that answers rows of its own, "3+4=", in a token or two; out/sft and rows.jsonl, in seconds."""
+    folder = tmp_path_factory.mktemp("adder")
+    rows = [{"prompt": f"{i}+{j}=", "response": str(i + j), "answer": str(i + j)} for i in range(24) for j in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = script("sft.py", *SMALL, "--steps", 300, "--batch", 16, "--eval_every", 300, "--data", "rows.jsonl", *SHORT, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return folder / "out/reward"
+    return folder
 
 
-def arguments(name, small, judge):
-    return {"sft.py": SMALL, "reward.py": [*PAIRS, "--init", small], "ppo.py": [*PPO, "--init", small, "--reward", judge],
-            "grpo.py": [*QUICK, "--init", small]}[name]
+@pytest.fixture(scope="session")
+def judge(adder):
+    """A reward model of its answers by people who like length."""
+    done = script("reward.py", *PAIRS, *SHORT, "--data", "rows.jsonl", cwd=adder)
+    assert done.returncode == 0, done.stderr
+    return adder / "out/reward"
+
+
+def arguments(name, small, adder, judge):
+    own = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
+    return {"sft.py": SMALL, "reward.py": [*PAIRS, *own], "ppo.py": [*PPO, *own, "--reward", judge], "grpo.py": [*QUICK, "--init", small]}[name]
 
 
 @pytest.fixture(scope="session")
@@ -113,8 +126,8 @@ def small(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_two_runs_with_one_seed_write_the_same_metrics_and_another_seed_does_not(name, small, judge, tmp_path):
-    args = arguments(name, small, judge)
+def test_two_runs_with_one_seed_write_the_same_metrics_and_another_seed_does_not(name, small, adder, judge, tmp_path):
+    args = arguments(name, small, adder, judge)
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert script(name, *args, "--out", out, "--seed", seed, cwd=tmp_path).returncode == 0
     a, b, c = (metrics(tmp_path / x) for x in "abc")
@@ -124,9 +137,9 @@ def test_two_runs_with_one_seed_write_the_same_metrics_and_another_seed_does_not
 
 @pytest.mark.parametrize("name, more", [("sft.py", []), ("reward.py", []), ("ppo.py", []), ("ppo.py", ["--reward", "rule"]), ("grpo.py", []),
                                         ("grpo.py", ["--ref_every", "2", "--epochs", "2"]), ("grpo.py", ["--reward", "JUDGE"])])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, judge, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, adder, judge, tmp_path):
     """Cut between two checkpoints: the steps after the last one are done again, and no line is lost or doubled."""
-    args = arguments(name, small, judge) + [judge if x == "JUDGE" else x for x in more]
+    args = arguments(name, small, adder, judge) + [judge if x == "JUDGE" else x for x in more]
     assert script(name, *args, "--out", "whole", cwd=tmp_path).returncode == 0
     cut = "import sys, model; log = model.Folder.log; model.Folder.log = lambda self, step, *a, **k: step == 4 + 3 * (self.steps > 6) and sys.exit(9) or log(self, step, *a, **k)"
     code = f"{cut}; import {name[:-3]} as s; sys.argv[0] = '{name}'; model.main(s.train, s.Config)"
@@ -182,7 +195,7 @@ def test_a_reward_model_scores_grpos_groups_and_the_rule_scores_ppo(home, tmp_pa
     assert abs(rows[1]["ev"]) < 1e-6                                      # a critic of zeros explains nothing yet
 
 
-def test_own_preferences_end_to_end(small, judge, tmp_path):
+def test_own_preferences_end_to_end(small, adder, judge, tmp_path):
     """Pairs with margins, HH-RLHF's dialogues, rankings, and rows to collect on; then PPO on prompts alone."""
     def write(name, rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -194,14 +207,51 @@ def test_own_preferences_end_to_end(small, judge, tmp_path):
         done = script("reward.py", "--init", small, "--data", f"{name}.jsonl", "--batch", 8, "--out", name, "--lr", 3e-3, cwd=tmp_path)
         assert done.returncode == 0 and not (tmp_path / name / "preferences.jsonl").exists(), done.stderr
         assert final(done.stdout, "acc")[1] > .8 and final(done.stdout, "longer")[1] == 1
-    write("rows.jsonl", [{"prompt": f"{i}+{j}=", "answer": str(i + j)} for i in range(12) for j in range(12)])
-    done = script("reward.py", "--init", small, "--data", "rows.jsonl", *PAIRS, "--collect_only", "--out", "collected", cwd=tmp_path)
-    assert done.returncode == 0 and os.listdir(tmp_path / "collected") and not (tmp_path / "collected/ckpt.pt").exists(), done.stderr
+    done = script("reward.py", "--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT, "--collect_only", "--out", "collected", cwd=tmp_path)
+    assert done.returncode == 0 and not (tmp_path / "collected/ckpt.pt").exists(), done.stderr
     pairs = M.read_preferences(str(tmp_path / "collected/preferences.jsonl"))
-    assert pairs and all(p["prompt"].endswith("=") and len(p["chosen"].encode()) > len(p["rejected"].encode()) - 1 for p in pairs)
+    assert len(pairs) > 10 and all(grpo.score(p, p["chosen"]) > grpo.score(p, p["rejected"]) for p in pairs)
     write("prompts.jsonl", [{"prompt": f"{i}+{i}=", "answer": "in words"} for i in range(99)])
-    done = script("ppo.py", *PPO, "--init", small, "--reward", judge, "--data", "prompts.jsonl", "--out", "ppo", cwd=tmp_path)
+    done = script("ppo.py", *PPO, *SHORT, "--init", adder / "out/sft", "--reward", judge, "--data", "prompts.jsonl", "--out", "ppo", cwd=tmp_path)
     assert done.returncode == 0 and "greedy" not in done.stdout and "score" in done.stdout, done.stderr
+    assert all("gold" not in row and "val_acc" not in row for row in metrics(tmp_path / "ppo"))
+
+
+def test_no_prompt_is_in_two_parts_of_the_preferences(home):
+    """What is learned from, validated on and reported on, collected or read."""
+    policy, tokenizer = M.load(str(home / "out/sft"))
+    cfg = reward.Config(prompts=40, answers=2, out=str(home / "out/reward"), resume=True)
+    for cfg in (cfg, reward.Config(data=str(home / "out/reward/preferences.jsonl"))):
+        parts, _ = reward.preferences(cfg, policy, tokenizer)
+        assert [{M.part(pair["prompt"]) for pair in part} for part in parts] == [{"train"}, {"val"}, {"test"}]
+
+
+def test_what_ppos_update_is_made_of(adder, judge, tmp_path, monkeypatch):
+    """One gradient norm for each network, advantages whitened over the rollout, Adam's eps 1e-5, and rates that fall on a line to 0."""
+    norms, advs, rates, inner = [], [], [], torch.nn.utils.clip_grad_norm_
+
+    def clip(params, most):
+        params = list(params)
+        norms.append((len(params), most))
+        return inner(params, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    whiten, set_lr = ppo.whiten, ppo.set_lr
+    monkeypatch.setattr(ppo, "whiten", lambda x, mask: advs.append((whiten(x, mask), mask)) or advs[-1][0])
+    monkeypatch.setattr(ppo, "set_lr", lambda optimizer, *a, **k: (set_lr(optimizer, *a, **k), rates.append([(g["lr"], g["eps"]) for g in optimizer.param_groups]))[0])
+    seen, loss = [], ppo.ppo_loss
+    monkeypatch.setattr(ppo, "ppo_loss", lambda logp, old, adv, mask, *a: seen.append(adv[mask > 0]) or loss(logp, old, adv, mask, *a))
+    ppo.train(ppo.Config(init=str(adder / "out/sft"), data=str(adder / "rows.jsonl"), reward=str(judge), max_new=6, steps=8, warmup=2, prompts=16, minibatch=8,
+                         epochs=1, eval_every=8, out=str(tmp_path / "out"), lr=1e-3, critic_lr=2e-3, grad_clip=0.7))
+    policy, critic = (sum(1 for _ in M.load(str(path))[0].parameters()) for path in (adder / "out/sft", judge))
+    assert set(norms) == {(policy, 0.7), (critic, 0.7)} and policy != critic and len(norms) == 2 * 2 * 8
+    for adv, mask in advs:
+        inside = adv[mask > 0]
+        assert abs(inside.mean()) < 1e-5 and abs(inside.var(correction=0) - 1) < 1e-3
+    assert torch.equal(torch.cat(seen).sort()[0], torch.cat([adv[mask > 0] for adv, mask in advs]).sort()[0])     # and these are what the loss got
+    first = [step[0][0] / 1e-3 for step in rates]
+    assert first == pytest.approx([1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]) and all(eps == 1e-5 for step in rates for _, eps in step)
+    assert all(step[-1][0] == pytest.approx(2 * step[0][0]) for step in rates)               # the critic's own peak
 
 
 def test_curves_are_drawn_where_matplotlib_is(small, tmp_path):
@@ -314,11 +364,12 @@ def test_a_reward_model_made_for_something_else_or_gone_wrong_is_refused(small, 
     other = lambda **more: M.ScalarModel(M.GPT(dataclasses.replace(model.trunk.cfg, mlp_width=0, head_dim=0, **more)))
     sick, _ = M.load(str(judge))
     sick.head.bias.data.fill_(float("nan"))
-    for says, model in (("made for width 32", other(width=32)), ("made for context 128", other(context=128)), ("a score is not finite", sick)):
+    for says, model in (("made for width 32", other(width=32)), ("made for context 128", other(context=128)), ("weights are not finite", sick)):
         M.save(str(tmp_path), model, tokenizer)
         for name, args in (("ppo.py", PPO), ("grpo.py", QUICK)):
             done = script(name, *args, "--init", small, "--reward", ".", "--out", "out", cwd=tmp_path)
             assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
+            assert not (tmp_path / "out").exists()
 
 
 def test_a_resume_that_is_refused_destroys_nothing(tmp_path):

@@ -280,7 +280,7 @@ def train(cfg):
     rows, val, test = (ready(pairs, tokenizer, policy.cfg.context, pairs is parts[0]) for pairs in parts)
     K = max(len(row["responses"]) for row in rows)
     batch = min(cfg.batch, len(rows))
-    steps = len(rows) // batch                                            # one epoch
+    steps = len(rows) // batch                                        # one epoch, without a last batch that is not full
     model = ScalarModel(policy, std=(policy.cfg.width + 1) ** -0.5).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     demos = demonstrated(cfg, tokenizer, policy.cfg.context)
@@ -338,6 +338,11 @@ def train(cfg):
 
     after, calibration = assess(model, test, cfg, device)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}\n{calibration}")
+    some = [(row, *answer) for row in test[:3] for answer in zip(row["responses"], row["tokens"], row["mask"])]
+    if some:
+        asked, texts, tokens, mask = zip(*some)
+        texts = [f"{r:+.2f}  {text}" for r, text in zip(read_scores(model, tokens, mask, cfg, device), texts)]
+        print("scores\n" + out.samples("scores", asked, texts, n=len(texts)))
     out.plot("loss val_loss", "acc val_acc", "margin val_margin")
 
 

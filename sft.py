@@ -105,8 +105,8 @@ def demonstrate(prompt, rng):
 
 
 def score(row, text):
-    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the sum
-    in two digits. Your own rows: the number of "answer"."""
+    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the
+    sum in two digits. Your own rows: the number of "answer"."""
     if "two_digits" in row:
         return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
     gold = answer_number(str(row.get("answer")))

@@ -93,3 +93,14 @@ def test_readme_names_only_files_and_flags_that_exist():
             code = source(words[0])
             for flag in (w for w in words if w.startswith("--")):
                 assert re.search(rf"^    {flag[2:]}:|\"{flag}\"", code, re.M), f"{flag} of `{line}`"
+
+
+def test_the_code_that_the_readme_shows_stands_in_the_files():
+    """Every line of its Python blocks in a script, every line of its diff in the file that it is taken from."""
+    plain = lambda line: " ".join(line.split())
+    text, lines = source("README.md"), {f: {plain(line) for line in source(f).splitlines()} for f in SCRIPTS}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        for line in filter(None, map(plain, block.splitlines())):
+            assert any(line in own for own in lines.values()), line
+    for line in re.findall(r"```diff\n(.*?)```", text, re.S)[0].splitlines():
+        assert plain(line[1:]) in lines["ppo.py" if line[0] == "-" else "grpo.py"], line

@@ -6,9 +6,11 @@ Reward hacking and over-optimisation, to be seen (Gao et al. 2022, arXiv 2210.10
 
 PPO optimises reward models, and the rule, which none of them knows, keeps the true score:
 
-    weak   a reward model of 200 prompts, three in ten of them ranked upside down; with no price on leaving the SFT model and
-           with the default price
-    long   a reward model of people who like long answers, and fair, one of people who do not; both without a price
+    weak      a reward model of 200 prompts, three in ten of them ranked upside down; with no price on leaving the SFT model
+              and with the default price
+    accurate  reward.py's default, without a price
+    long      a reward model of people to whom a token more is worth a tenth of being right, and fair, one of people who only
+              care for right and wrong; of 3,000 prompts each, without a price
 
 Everything is measured on validation prompts, an answer each at temperature 1: score, accuracy and length, and the KL to the
 SFT model, in nats an answer. Runs that are already there are not done again; compare.py shares its SFT and reward models.
@@ -19,8 +21,10 @@ import os
 
 from compare import interval, train
 
-RUNS = {"weak, β = 0": ("weak", "0"), "weak, β = .3": ("weak", "0.3"), "fair, β = 0": ("fair", "0"), "long, β = 0": ("long", "0")}
-PEOPLE = {"weak": ["--prompts", "200", "--flip", "0.3"], "long": ["--length_taste", "0.1"]}
+RUNS = {"weak, β = 0": ("weak", "0"), "weak, β = .3": ("weak", "0.3"), "accurate, β = 0": ("accurate", "0"),
+        "fair, β = 0": ("fair", "0"), "long, β = 0": ("long", "0")}
+SOME = ["--prompts", "3000", "--batch", "64"]
+PEOPLE = {"accurate": [], "weak": ["--prompts", "200", "--flip", "0.3"], "fair": SOME, "long": [*SOME, "--length_taste", "0.1"]}
 
 
 def read(folder):
@@ -30,11 +34,11 @@ def read(folder):
 
 def one(seed):
     """Reward models -> what they are worth; runs -> their validation metrics."""
-    sft, judges, worth = f"out/compare/sft_{seed}", {"fair": f"out/compare/reward_{seed}"}, {}
+    sft, judges, worth = f"out/compare/sft_{seed}", {"accurate": f"out/compare/reward_{seed}"}, {}
     train("sft.py", sft, "--seed", str(seed))
-    for name in ("fair", "weak", "long"):
+    for name, people in PEOPLE.items():
         judges.setdefault(name, f"out/hacking/reward_{name}_{seed}")
-        train("reward.py", judges[name], "--seed", str(seed), "--init", sft, *PEOPLE.get(name, []))
+        train("reward.py", judges[name], "--seed", str(seed), "--init", sft, *people)
         worth[name] = read(judges[name])[-1]
     runs = {}
     for name, (judge, beta) in RUNS.items():
@@ -49,18 +53,19 @@ def figure(seeds, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colour = dict(zip(RUNS, ("tab:red", "tab:green", "tab:gray", "tab:purple")))
+    colour = dict(zip(RUNS, ("tab:red", "tab:green", "tab:orange", "tab:gray", "tab:purple")))
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for runs in seeds:
         for name, rows in runs.items():
             label = name if runs is seeds[0] else None
-            if name.startswith("weak"):
+            if not name.startswith(("fair", "long")):
                 distance = [max(0.0, row["val_kl"]) ** 0.5 for row in rows]
-                axes[0].plot(distance, [row["val_score"] for row in rows], color=colour[name], lw=1, label=label)
+                start, spread = rows[0]["val_score"], max(row["val_score"] for row in rows) - rows[0]["val_score"]
+                axes[0].plot(distance, [(row["val_score"] - start) / spread for row in rows], color=colour[name], lw=1, label=label)
                 axes[1].plot(distance, [row["val_acc"] for row in rows], color=colour[name], lw=1, label=label)
             else:
                 axes[2].plot([row["step"] for row in rows], [row["val_length"] for row in rows], color=colour[name], lw=1, label=label)
-    for axis, title, x in zip(axes, ("proxy: score of the weak reward model", "gold: accuracy", "answer length, tokens"),
+    for axis, title, x in zip(axes, ("proxy: score, 0 at the start and 1 at its highest", "gold: accuracy", "answer length, tokens"),
                               ("sqrt(KL to the SFT model)", "sqrt(KL to the SFT model)", "PPO rollouts")):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(x)

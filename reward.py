@@ -20,7 +20,8 @@ depend on it. The trunk is the SFT model, the head starts at standard deviation 
 score is read at the end token, and there is one epoch, for a second one overfits.
 
 The people of the built-in task follow the rule, and can be made worse: `--flip` is the share of prompts whose answers
-they rank upside down, `--length_taste` what one more token of an answer is worth to them when being right is worth 1.
+they rank upside down, `--length_taste` what one more token of an answer is worth to them when being right is worth 1;
+below 0 they like it short.
 
 Run:     python reward.py                    half a minute on two CPU cores after out/sft -> out/reward
          python reward.py --collect_only     the comparisons alone, out/reward/preferences.jsonl

@@ -8,9 +8,9 @@ PPO optimises reward models, and the rule, which none of them knows, keeps the t
 
     weak      a reward model of 200 prompts, three in ten of them ranked upside down; with no price on leaving the SFT model
               and with the default price
-    accurate  reward.py's default, without a price
-    long      a reward model of people to whom a token more is worth a tenth of being right, and fair, one of people who only
-              care for right and wrong; of 3,000 prompts each, without a price
+    accurate  reward.py's default, without a price and with the default price
+    long      of 3,000 prompts, and of people to whom one more token is worth as much as being right; at the default price
+    short     the same of people to whom it is worth as much as being wrong
 
 Everything is measured on validation prompts, an answer each at temperature 1: score, accuracy and length, and the KL to the
 SFT model, in nats an answer. Runs that are already there are not done again; compare.py shares its SFT and reward models.
@@ -22,9 +22,9 @@ import os
 from compare import interval, train
 
 RUNS = {"weak, β = 0": ("weak", "0"), "weak, β = .3": ("weak", "0.3"), "accurate, β = 0": ("accurate", "0"),
-        "fair, β = 0": ("fair", "0"), "long, β = 0": ("long", "0")}
-SOME = ["--prompts", "3000", "--batch", "64"]
-PEOPLE = {"accurate": [], "weak": ["--prompts", "200", "--flip", "0.3"], "fair": SOME, "long": [*SOME, "--length_taste", "0.1"]}
+        "accurate, β = .3": ("accurate", "0.3"), "long, β = .3": ("long", "0.3"), "short, β = .3": ("short", "0.3")}
+PEOPLE = {"accurate": [], "weak": ["--prompts", "200", "--flip", "0.3"], "long": ["--prompts", "3000", "--length_taste", "1"],
+          "short": ["--prompts", "3000", "--length_taste", "-1"]}
 
 
 def read(folder):
@@ -49,16 +49,16 @@ def one(seed):
 
 
 def figure(seeds, path):
-    """Proxy and gold against sqrt(KL) under the weak reward model; length against rollouts under fair and length-loving people."""
+    """Proxy and gold against sqrt(KL); length against rollouts for three tastes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colour = dict(zip(RUNS, ("tab:red", "tab:green", "tab:orange", "tab:gray", "tab:purple")))
+    colour = dict(zip(RUNS, ("tab:red", "tab:green", "tab:orange", "tab:gray", "tab:purple", "tab:brown")))
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for runs in seeds:
         for name, rows in runs.items():
             label = name if runs is seeds[0] else None
-            if not name.startswith(("fair", "long")):
+            if name in ("weak, β = 0", "weak, β = .3", "accurate, β = 0"):
                 distance = [max(0.0, row["val_kl"]) ** 0.5 for row in rows]
                 start, spread = rows[0]["val_score"], max(row["val_score"] for row in rows) - rows[0]["val_score"]
                 axes[0].plot(distance, [(row["val_score"] - start) / spread for row in rows], color=colour[name], lw=1, label=label)

@@ -70,9 +70,9 @@ def test_one_command_trains_a_reward_model_then_ppo_and_lifts_what_the_reward_mo
     """With room: pair accuracy .93 and well above "the longer answer is better"; PPO .93 greedy and .85 at T=1 by the rule, which only reports."""
     log = (home / "ppo.py").read_text()
     assert "out/reward does not exist: running reward.py first" in log
-    pairs, log = log.split("ppo: ")
+    pairs, log = log.split("\nppo: ")
     pair_acc, longer, ece = (final(pairs, name)[1] for name in ("acc", "longer", "ece"))
-    assert pair_acc > .93 and pair_acc > longer + .05 and ece < .06 and final(pairs, "alike")[1] > .85 and abs(final(pairs, "acc")[0] - .5) < .4
+    assert pair_acc > .93 and pair_acc > longer + .05 and ece < .06 and final(pairs, "alike")[1] > .85
     (g0, g1), (_, a1), (s0, s1) = (final(log, name) for name in ("greedy", "acc", "score"))
     assert g0 < .65 and g1 > .93 and a1 > .85 and s1 > s0 + 1
     rows = metrics(home / "out/ppo")

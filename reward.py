@@ -15,9 +15,9 @@ All the pairs of one ranking are one element of a batch and every answer is read
 correlated, and as separate rows they would be seen K - 1 times in one epoch. Ties are dropped, and the divisor is the
 number of pairs kept (the paper, without ties, has K choose 2). m is Llama 2's margin (arXiv 2307.09288, Eq. 2), 0
 unless the data has one. Only differences count in the loss, so the level of r is free: afterwards the mean score of
-demonstrations is made 0, as in InstructGPT; the policy's KL price, the penalty for cut answers and the critic's start
-depend on it. The trunk is the SFT model, the head starts at standard deviation 1 / sqrt(C + 1) (arXiv 1909.08593), the
-score is read at the end token, and there is one epoch, for a second one overfits.
+demonstrations is made 0, as in InstructGPT, so that a number such as the reward of a cut answer means something. The
+trunk is the SFT model, the head starts at standard deviation 1 / sqrt(C + 1) (arXiv 1909.08593), the score is read at
+the end token, and there is one epoch, for a second one overfits.
 
 The people of the built-in task follow the rule, and can be made worse: `--flip` is the share of prompts whose answers
 they rank upside down, `--length_taste` what one more token of an answer is worth to them when being right is worth 1;

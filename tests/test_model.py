@@ -348,7 +348,12 @@ def test_evaluate_counts_what_it_says():
     rows = [{"ids": [9], "answer": ""}] * 3
     found, texts = M.evaluate(Scripted(), make_tokenizer(), rows, lambda row, text: float(text == "a"), 3, samples=2)
     assert found == pytest.approx({"greedy": 1 / 3, "acc": 1 / 6, "pass@2": 1 / 3, "end": 5 / 6, "length": 13 / 6}) and texts == said[1]
-    unknown, _ = M.evaluate(Scripted(), make_tokenizer(), [{"ids": [9]}] * 3, None, 3, samples=2)
+    def watch(rows, tokens, mask, texts):                          # sees one answer to every prompt
+        assert rows == [{"ids": [9]}] * 3 and texts == said[2][::2]
+        return {"n": mask.sum(1)}
+
+    unknown, _ = M.evaluate(Scripted(), make_tokenizer(), [{"ids": [9]}] * 3, lambda row, text: None, 3, samples=2, watch=watch)
+    assert unknown.pop("n") == 2.0
     assert set(unknown) == {"end", "length"} and M.evaluate(Scripted(), None, [], None, 3) == ({}, [])
 
 

@@ -663,7 +663,7 @@ def read_preferences(path):
             ranks = list(range(len(texts))) if ranks is None else ranks
             if not isinstance(ranks, list) or len(ranks) != len(texts) or not all(type(r) is int for r in ranks):
                 raise InputError(f'{row["at"]}: field "ranks" must be a list of whole numbers, one for each response')
-            some = [{"chosen": w, "rejected": l} for w, i in zip(texts, ranks) for l, j in zip(texts, ranks) if i < j]
+            some = [{"chosen": w, "rejected": l} for w, l in ordered(texts, ranks)]
             if not some or len(set(texts)) < len(texts):
                 some = [{"chosen": texts[0], "rejected": texts[0]}]                          # to be dropped below
             row = {name: x for name, x in row.items() if name not in ("responses", "ranks")}
@@ -682,6 +682,11 @@ def read_preferences(path):
     rows = usable(rows, lambda row: row["prompt"] == row.get("other", row["prompt"]), "the two prompts differ")
     rows = usable(rows, lambda row: all(row[x].strip() for x in ("prompt", "chosen", "rejected")), "a text is empty")
     return usable(rows, lambda row: row["chosen"] != row["rejected"], "its answers are equal, all tie or repeat")
+
+
+def ordered(things, ranks):
+    """Every (better, worse) of a ranking, rank 0 the best; ties make no pair."""
+    return [(w, l) for w, i in zip(things, ranks) for l, j in zip(things, ranks) if i < j]
 
 
 def need_text(row, *needed):
@@ -1121,7 +1126,7 @@ class Folder:
                 with open(self.path("metrics.jsonl"), encoding="utf-8") as f:
                     self.rows = [json.loads(line) for line in f if line.endswith("\n")]     # a torn line goes
             self.rows = [row for row in self.rows if row["step"] <= step]
-            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.write_rows("metrics.jsonl", self.rows)
             for row in self.rows if self.guard else []:
                 self.guard.check(row)
         elif os.path.exists(self.path("config.json")):               # nothing that an earlier run made is lost
@@ -1138,6 +1143,10 @@ class Folder:
         with open(self.path(name + ".tmp"), "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(self.path(name + ".tmp"), self.path(name))
+
+    def write_rows(self, name, rows):
+        """JSON lines, as read_rows reads them."""
+        self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def save(self, model, optimizer, step, name="ckpt.pt", **more):
         """All that `begin` needs to go on from here; `more` is kept as it is."""

@@ -29,8 +29,6 @@ Yours:   python reward.py --data pairs.jsonl --init out/mine    {"prompt", "chos
                                                                 or {"prompt", "responses": [best, ..., worst]}
          python reward.py --data rows.jsonl  {"prompt", "answer"}: answers are collected, and ranked by the rule
 """
-import itertools
-import json
 import os
 import random
 import time
@@ -41,8 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check, encode_answer,
-                   frozen_scalars, load, main, make_first, make_optimizer, micro_batches, pad_batch, prompt_ids,
-                   read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
+                   frozen_scalars, load, main, make_first, make_optimizer, micro_batches, ordered, pad_batch,
+                   prompt_ids, read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -130,7 +128,7 @@ def collect(policy, tokenizer, rows, cfg, rng):
             seen = {text: n for text, n in zip(texts[k], length[k]) if text and text.strip()}    # the same answer once
             ranks = rank(row, list(seen), seen.values(), cfg, rng) if seen else []
             pairs += [{name: row[name] for name in own if name in row} | {"chosen": w, "rejected": l}
-                      for w, a in zip(seen, ranks) for l, b in zip(seen, ranks) if a < b]
+                      for w, l in ordered(seen, ranks)]
     return pairs
 
 
@@ -238,10 +236,9 @@ def assess(model, rows, cfg, device):
     for p, row in enumerate(rows):
         texts, ours = row["responses"], "two_digits" in row
         right = [score(row, text) or 0.0 for text in texts]
-        for w, l in itertools.product(range(len(texts)), repeat=2):
-            if row["ranks"][w] < row["ranks"][l]:
-                alike = ours and ("," in texts[w]) == ("," in texts[l])
-                pairs.append((p, start + w, start + l, alike, right[w] - right[l]))
+        for w, l in ordered(range(len(texts)), row["ranks"]):
+            alike = ours and ("," in texts[w]) == ("," in texts[l])
+            pairs.append((p, start + w, start + l, alike, right[w] - right[l]))
         start += len(texts)
     p, w, l, alike, better = (torch.tensor(x) for x in zip(*pairs))       # (pairs,) each
     lead, longer = r[w] - r[l], length[w] - length[l]
@@ -292,7 +289,7 @@ def train(cfg):
     out = Folder(cfg, steps, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(model, optimizer)
     if collected and not cfg.resume:
-        out.write("preferences.jsonl", "".join(json.dumps(pair) + "\n" for pair in collected))
+        out.write_rows("preferences.jsonl", collected)
         print(f"{len(collected):,} pairs are in {out.path('preferences.jsonl')}")
     if cfg.collect_only:
         return

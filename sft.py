@@ -24,7 +24,6 @@ About 56% of them are right, and imitation can hardly do better: that is what gr
 Run:     python sft.py                                    about a minute on two CPU cores -> out/sft
 Yours:   python sft.py --data rows.jsonl --context 1024   {"prompt", "response"} or {"messages": [{"role", "content"}]}
 """
-import json
 import random
 import time
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ def train(cfg):
 
     # data and model: all that can be wrong is found here, before the first step
     if cfg.init:
-        model, tokenizer = load(cfg.init, device)
+        model, tokenizer = load(cfg.init, device, "GPT")
         for name in ("context", "layers", "width", "heads"):
             if getattr(cfg, name) not in (getattr(Config, name), getattr(model.cfg, name)):
                 raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, kept")
@@ -185,7 +184,7 @@ def train(cfg):
     out = Folder(cfg, cfg.steps, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(model, optimizer)
     own = lambda row: {name: row[name] for name in ("prompt", "response", "messages") if name in row}
-    out.write("demonstrations.jsonl", "".join(json.dumps(own(row)) + "\n" for row in (val or rows)[:500]))
+    out.write_rows("demonstrations.jsonl", map(own, (val or rows)[:500]))
     before = saved.get("before") or report(model, tokenizer, test, cfg, device, samples=8 if cfg.init else 0)[0]
     todo = batches(rows, cfg.batch, cfg.seed, start=first)
 

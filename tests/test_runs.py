@@ -316,6 +316,7 @@ BAD = [
     ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a"}\n', 'rows.jsonl:1: field "answer" is missing'),
     ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "answer": "b"}\n', 'no number in "answer"'),
     ("grpo.py", ["--init", "rows.jsonl"], "x", "rows.jsonl: no checkpoint here"),
+    ("sft.py", ["--init", "JUDGE"], None, "this is a reward model, and a policy is needed here"),
     ("grpo.py", ["--init", "JUDGE"], None, "this is a reward model, and a policy is needed here"),
     ("grpo.py", ["--init", "SMALL", "--reward", "SMALL"], None, "this is a policy, and a reward model is needed here"),
     ("ppo.py", ["--init", "SMALL", "--reward", "nowhere"], None, "nowhere: no checkpoint here"),

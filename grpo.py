@@ -28,9 +28,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate,
+from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, evaluate,
                    frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer, micro_batches,
-                   prompt_ids, read_rows, set_lr, setup, split, sums, table, usable)
+                   prompt_ids, read_rows, set_lr, setup, split, sums, table, told, usable)
 
 
 @dataclass
@@ -55,9 +55,9 @@ class Config:
     ref_every: int = 0         # rollouts between refreshes of the reference, ref <- a policy + (1 - a) ref; 0: it stays
     ref_mix: float = 0.6          # a, the policy's share in a refresh
     # optimisation
-    steps: int = 80               # rollouts
+    steps: int = 50               # rollouts
     epochs: int = 1               # passes over each rollout
-    minibatch: int = 128          # answers in an optimiser step; divides prompts * group
+    minibatch: int = 64           # answers in an optimiser step; divides prompts * group
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     lr: float = 1.5e-4            # peak rate of AdamW; for a real pretrained model 1e-6
     warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
@@ -201,7 +201,7 @@ def train(cfg):
 
     for step in range(first + 1, cfg.steps + 1):
         # 1. rollout: G answers to every prompt
-        t0 = time.perf_counter()
+        t0, stats = time.perf_counter(), Mean()
         batch = next(todo)
         asked = [row["ids"] for row in batch]
         tokens, mask, sampled_logp = policy.generate(asked, cfg.group, cfg.max_new, cfg.temperature)      # (B, T) each
@@ -214,13 +214,14 @@ def train(cfg):
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
         each = [row for row in batch for _ in range(cfg.group)]
         reward, gold = rewards(cfg, judge, each, tokens, host_mask, texts)                                # (B,)
+        stats.add(told(reward, gold, tokens, host_mask, texts, cfg.group))
 
         # 3. advantage: no critic, the group is the baseline
         adv = group_advantage(reward, cfg.group).to(device)
+        stats.add({"dead": (adv.view(-1, cfg.group) == 0).all(1).float().mean()})
         t1 = time.perf_counter()
 
         # 4. update: clipped passes over the same rollout
-        stats = Mean()
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
         for _ in range(cfg.epochs):
             for i in torch.randperm(B).split(cfg.minibatch):
@@ -240,23 +241,16 @@ def train(cfg):
             with torch.no_grad():
                 for ref, new in zip(reference.parameters(), policy.parameters()):
                     ref.lerp_(new, cfg.ref_mix)
-        stats = stats.read()                                              # waits for the GPU
+        metrics = stats.read() | {"lr": lr}                               # waits for the GPU
         t2 = time.perf_counter()
 
         # 5. log, evaluate, save
-        length = host_mask.sum(1)
-        metrics = {"reward": reward.mean().item(),
-                   "dead": (adv.view(-1, cfg.group) == 0).all(1).float().mean().item(),
-                   "len": length.mean().item(), "end": sum(text is not None for text in texts) / B} | stats
-        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "dist2": distinct(tokens, mask), "lr": lr}
-        if gold is not None:
-            right = (gold > 0).float().view(-1, cfg.group)
-            metrics |= {"gold": right.mean().item(), "solved": right.amax(1).mean().item()}
+        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "tokens": round(metrics["len"] * B)}
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
             metrics |= {f"val_{name}": x for name, x in found.items()}
-        metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
+        metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(metrics["tokens"] / (t2 - t0))}
         shown = "reward gold dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc"
         why = out.log(step, shown, **metrics)
         if why:

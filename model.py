@@ -804,26 +804,27 @@ def pad_batch(sequences, masks):
     return tokens, torch.tensor([list(x) + [0] * (T - len(x)) for x in masks], dtype=torch.float32)
 
 
-def micro_batches(mask, rows, budget, device, group=1):
-    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together and trimmed to fit; a
-    row that stands for `group` sequences, which must stay together, counts as so many.
+def micro_batches(mask, rows, budget, device):
+    """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together and trimmed to fit.
 
-    mask (B, T) on the CPU, rows (b,). Yields (j, t, at): row indices, a width, and the flat positions of the mask in
-    tokens[j, :t], which is token_logp's `at`. All is known before the GPU starts, so nothing waits for it. budget 0 is
-    1024 on a CPU, where short pieces save more pads than they cost calls (a seventh of an SFT step), else 16384.
+    mask (B, T), or (B, K, T) where a row is K sequences that must stay together, on the CPU; rows (b,). Yields (j, t,
+    at): row indices, a width, and the flat positions of the mask in tokens[j, ..., :t], which is token_logp's `at`. All
+    is known before the GPU starts, so nothing waits for it. budget 0 is 1024 on a CPU, where short pieces save more
+    pads than they cost calls (a seventh of an SFT step), else 16384.
     """
     budget = budget or (1024 if device.type == "cpu" else 16384)
-    width = ((mask > 0) * torch.arange(1, mask.size(1) + 1)).amax(1).clamp(min=1)[rows]      # columns a row needs
+    some = mask.view(len(mask), -1, mask.size(-1))[rows] > 0                                 # (b, K, T)
+    width = (some * torch.arange(1, mask.size(-1) + 1)).amax((1, 2)).clamp(min=1)            # columns a row needs
     width, order = width.sort(stable=True)
-    rows = rows[order]
+    rows, some = rows[order], some[order]
     while len(rows):
-        take = max(1, int((width * group * torch.arange(1, len(rows) + 1) <= budget).sum()))
+        take = max(1, int((width * some.size(1) * torch.arange(1, len(rows) + 1) <= budget).sum()))
         j, t = rows[:take], int(width[take - 1])
-        at = F.pad(mask[j, 1:t] > 0, (1, 0)).flatten().nonzero()[:, 0]
+        at = F.pad(some[:take, :, 1:t], (1, 0)).flatten().nonzero()[:, 0]
         if device.type == "cuda":
             j, at = (x.pin_memory().to(device, non_blocking=True) for x in (j, at))
         yield j, t, at.to(device)
-        rows, width = rows[take:], width[take:]
+        rows, some, width = rows[take:], some[take:], width[take:]
 
 
 @torch.no_grad()
@@ -979,6 +980,24 @@ def distinct(tokens, mask, n=2):
     return len(grams.unique(dim=0)) / max(1, len(grams))
 
 
+def told(reward, gold, tokens, mask, texts, group=1):
+    """What the log says of the answers of a rollout: mean reward, mean length in tokens, distinct-2, share that ended,
+    share that the rule finds right, and share of prompts with a right answer. reward, gold (B,), mask on the CPU."""
+    stats = {"reward": reward.mean(), "len": mask.sum(1).mean(), "dist2": distinct(tokens, mask)}
+    stats["end"] = sum(text is not None for text in texts) / len(texts)
+    if gold is not None:
+        right = (gold > 0).float().view(-1, group)
+        stats |= {"gold": right.mean(), "solved": right.amax(1).mean()}
+    return stats
+
+
+def half_interval(x, group):
+    """Half of the 95% interval of mean(x), x (N,), where those of one group (N,), numbered from 0, are not
+    independent."""
+    off = torch.zeros(int(group.max()) + 1).index_add(0, group, x - x.mean())           # what a group adds to the error
+    return 1.96 * off.norm() / len(x)
+
+
 # ------------------------------------------------------------------------------ settings, devices and what a run leaves
 
 
@@ -1045,14 +1064,14 @@ def setup(seed):
     return torch.device(kind)
 
 
-def make_first(folder, script, default, seed):
+def make_first(folder, script, default, seed, *flags):
     """Run the script that makes the checkpoint in `folder`, if that is the default one and missing or unfinished."""
     state = read_checkpoint(folder) if os.path.exists(os.path.join(folder, "ckpt.pt")) else None
     if folder != default or state and state.get("finished"):
         return
     print(f"{folder} {'is unfinished' if state else 'does not exist'}: running {script} first", flush=True)
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
-    more = ["--resume"] if state else ["--seed", str(seed)]
+    more = ["--resume"] if state else ["--seed", str(seed), *flags]
     if subprocess.run([sys.executable, here, "--out", folder, *more]).returncode:
         raise InputError(f"{script} failed, see above; {folder} is needed here")
 

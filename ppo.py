@@ -45,8 +45,8 @@ from dataclasses import dataclass
 import torch
 
 from model import (Folder, Guard, InputError, Mean, Optimizers, ScalarModel, answer_number, answers, batches, check,
-                   distinct, evaluate, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
-                   micro_batches, prompt_ids, read_rows, set_lr, setup, split, sums, table, usable)
+                   evaluate, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
+                   micro_batches, prompt_ids, read_rows, set_lr, setup, split, sums, table, told, usable)
 
 
 @dataclass
@@ -255,7 +255,7 @@ def train(cfg):
 
     for step in range(first + 1, cfg.steps + 1):
         # 1. rollout: an answer to every prompt
-        t0 = time.perf_counter()
+        t0, stats = time.perf_counter(), Mean()
         batch = next(todo)
         asked = [row["ids"] for row in batch]
         tokens, mask, sampled_logp = policy.generate(asked, 1, cfg.max_new, cfg.temperature)              # (B, T) each
@@ -267,6 +267,7 @@ def train(cfg):
         # 2. reward: the rule or the reward model reads the answer, if it ended; each token pays for its KL
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
         reward, gold = rewards(cfg, judge, batch, tokens, host_mask, texts)                               # (B,)
+        stats.add(told(reward, gold, tokens, host_mask, texts))
         per_token = token_reward(reward.to(device) / unit, old_logp, ref_logp, mask, cfg.kl_beta)         # (B, T)
 
         # 3. advantage: the critic is the baseline
@@ -275,7 +276,6 @@ def train(cfg):
         t1 = time.perf_counter()
 
         # 4. update: clipped passes over the same rollout
-        stats = Mean()
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, linear=True)
         for _ in range(cfg.epochs):
             for i in torch.randperm(B).split(cfg.minibatch):
@@ -296,21 +296,16 @@ def train(cfg):
                 optimizer.step()
                 stats.add({"gnorm": gnorm, "critic_gnorm": critic_gnorm})
         stats.add({"kl": (old_logp - ref_logp).sum() / mask.sum(), "ev": explained_variance(old_value, ret, mask)})
-        stats = stats.read()                                              # waits for the GPU
+        metrics = stats.read() | {"lr": lr}                               # waits for the GPU
         t2 = time.perf_counter()
 
         # 5. log, evaluate, save
-        length = host_mask.sum(1)
-        metrics = {"reward": reward.mean().item(),
-                   "len": length.mean().item(), "end": sum(text is not None for text in texts) / B} | stats
-        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "dist2": distinct(tokens, mask), "lr": lr}
-        if gold is not None:
-            metrics |= {"gold": (gold > 0).float().mean().item()}
+        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "tokens": round(metrics["len"] * B)}
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
             metrics |= {f"val_{name}": x for name, x in found.items()}
-        metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(length.sum() / (t2 - t0))}
+        metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(metrics["tokens"] / (t2 - t0))}
         shown = "reward gold len end kl ent clip_low clip_high ev gnorm gen_s upd_s tok_s val_greedy val_acc"
         why = out.log(step, shown, **metrics)
         if why:

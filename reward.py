@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check, encode_answer,
-                   frozen_scalars, load, main, make_first, make_optimizer, micro_batches, ordered, pad_batch,
-                   prompt_ids, read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
+                   frozen_scalars, half_interval, load, main, make_first, make_optimizer, micro_batches, ordered,
+                   pad_batch, prompt_ids, read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -242,9 +242,7 @@ def assess(model, rows, cfg, device):
         start += len(texts)
     p, w, l, alike, better = (torch.tensor(x) for x in zip(*pairs))       # (pairs,) each
     lead, longer = r[w] - r[l], length[w] - length[l]
-    acc = (lead > 0).float().mean()
-    off = torch.zeros(len(rows)).index_add(0, p, (lead > 0).float() - acc)    # (rows,)  what a prompt adds to the error
-    found = {"acc": acc, "±": 1.96 * off.norm() / len(lead)}
+    found = {"acc": (lead > 0).float().mean(), "±": half_interval((lead > 0).float(), p)}
     if alike.any():
         found["alike"] = (lead[alike] > 0).float().mean()
     if better.any():
@@ -301,15 +299,15 @@ def train(cfg):
         t0 = time.perf_counter()
         some, stats = next(todo), Mean()
         filled = lambda name, none: [x for row in some for x in [*row[name]] + [none] * (K - len(row[name]))]
-        flat = pad_batch(filled("tokens", [0]), filled("mask", [0]))
-        widest = flat[1].view(batch, K, -1).amax(1)                       # (P, T)  what the longest answer needs
-        tokens, mask = (x.view(batch, K, -1).to(device) for x in flat)    # (P, K, T)
+        tokens, mask = pad_batch(filled("tokens", [0]), filled("mask", [0]))
+        tokens, mask = tokens.view(batch, K, -1), mask.view(batch, K, -1)                    # (P, K, T)
+        tokens_dev, mask_dev = tokens.to(device), mask.to(device)
         ranks = torch.tensor(filled("ranks", -1), device=device).view(batch, K)
         margin = torch.tensor([row.get("margin", 0.0) for row in some], device=device)                           # (P,)
         optimizer.zero_grad()
-        for j, t, _ in micro_batches(widest, torch.arange(batch), cfg.micro_tokens, device, group=K):
+        for j, t, _ in micro_batches(mask, torch.arange(batch), cfg.micro_tokens, device):
             here = ranks[j] >= 0                                          # (p, K)  the answers that there are
-            r = model.score(tokens[j, :, :t][here], mask[j, :, :t][here])
+            r = model.score(tokens_dev[j, :, :t][here], mask_dev[j, :, :t][here])
             r = r.new_zeros(here.shape).masked_scatter(here, r)           # (p, K)
             if K == 2:
                 loss, found = bradley_terry_loss(r[:, 0], r[:, 1], margin[j], batch)

@@ -1,10 +1,11 @@
 """
-The README's table and figure: every algorithm from the same SFT checkpoints over several seeds, on the 1,000 test prompts.
+The README's tables and figures: every algorithm and its relatives from the same SFT checkpoints over several seeds, on the 1,000 test prompts.
 
-    python tests/compare.py             five seeds, about half an hour on two CPU cores -> out/compare, assets/grpo.png
-    python tests/compare.py --seeds 1
+    python tests/compare.py             five seeds, some two hours on two CPU cores -> out/compare, assets/
+    python tests/compare.py --seeds 1 --tables algorithms
 
-Runs that are already in out/compare are not done again. Settings were chosen on the validation prompts; this reports on the test prompts.
+Runs that are already in out/compare are not done again; --jobs 2 does two at a time on one thread each. Settings were chosen on the
+validation prompts; this reports on the test prompts.
 """
 import argparse
 import json
@@ -12,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -19,22 +21,99 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import reward  # noqa: E402
 from grpo import score  # noqa: E402
-from model import answers, evaluate, load, read_preferences, split, sums  # noqa: E402
+from model import answers, evaluate, frozen_logp, load, read_preferences, split, sums  # noqa: E402
 
-ALGORITHMS = {"grpo": ("grpo.py", []), "ppo": ("ppo.py", []), "ppo_rule": ("ppo.py", ["--reward", "rule"])}
+FROM_PAIRS = "--data out/compare/reward_{seed}/preferences.jsonl"
+BARE = "--clip_high 0.2 --tries 1 --overlong_cache 0"                     # dapo.py without three of its changes
+RUNS = {                                                                  # name: command, to which seed, init and out are added
+    "sft": "sft.py",
+    "reward": "reward.py",
+    "dpo": f"dpo.py {FROM_PAIRS}",
+    "ppo": "ppo.py --reward out/compare/reward_{seed}",
+    "ppo_rule": "ppo.py --reward rule",
+    "grpo": "grpo.py",
+    "dapo": "dapo.py",
+    "dpo_plain": f"dpo.py --nll 0 {FROM_PAIRS}",
+    "dpo_slow": f"dpo.py --nll 0 --lr 2e-5 {FROM_PAIRS}",
+    "ipo": f"tests/relatives.py ipo --nll 0 --lr 2e-5 {FROM_PAIRS}",
+    "reinforce": "tests/relatives.py reinforce",
+    "baseline": "tests/relatives.py baseline",
+    "rloo": "tests/relatives.py rloo",
+    "drgrpo": "tests/relatives.py drgrpo",
+    "gspo": "tests/relatives.py gspo",
+    "grpo_free": "grpo.py --kl_beta 0",
+    "token_mean": f"dapo.py {BARE}",
+    "clip_higher": "dapo.py --tries 1 --overlong_cache 0",
+    "overlong": "dapo.py --tries 1",
+    "group_2": "grpo.py --group 2 --prompts 128",
+    "group_32": "grpo.py --group 32 --prompts 8",
+    "one_update": "grpo.py --minibatch 256",
+    "four_epochs": "grpo.py --epochs 4",
+    "constant": "tests/relatives.py constant",
+}
+TABLES = {
+    "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
+    "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo"],
+    "chain": ["reinforce", "baseline", "rloo", "grpo", "drgrpo", "gspo"],
+    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
+    "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs", "constant", "token_mean"],
+}
+MODELS = {"sft": 1, "dpo": 1, "ppo": 4, "ppo_rule": 3, "grpo": 2, "dapo": 1}     # in memory: policy, reference, critic, reward model
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}     # Student's t, two-sided 95%, by number of seeds
 
 
-def train(script, out, *more):
-    """Run a script into `out` unless it has already finished there; wall and CPU seconds are kept beside the run."""
+def folder(name, seed):
+    return f"out/compare/{name}_{seed}"
+
+
+def log(name, seed):
+    with open(f"{folder(name, seed)}/metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def run(name, seed, threads):
+    """Train into out/compare unless it is there; how it does on the test prompts and what it cost is kept beside the run."""
+    out = folder(name, seed)
     if not os.path.exists(f"{out}/seconds.json"):
-        t, c = time.perf_counter(), sum(os.times()[2:4])
-        subprocess.run([sys.executable, f"{ROOT}/{script}", "--out", out, *more], check=True, stdout=subprocess.DEVNULL)
+        more = [] if name == "sft" else ["--init", folder("sft", seed)]
+        script, *flags = RUNS[name].format(seed=seed).split()
+        t = time.perf_counter()
+        subprocess.run([sys.executable, f"{ROOT}/{script}", *flags, "--seed", str(seed), *more, "--out", out], check=True,
+                       stdout=subprocess.DEVNULL, env=os.environ | threads)
         with open(f"{out}/seconds.json", "w") as f:
-            json.dump({"wall_s": time.perf_counter() - t, "cpu_s": sum(os.times()[2:4]) - c}, f)
+            json.dump({"seconds": time.perf_counter() - t}, f)
+    if not os.path.exists(f"{out}/result.json"):
+        subprocess.run([sys.executable, __file__, "--measure", name, str(seed)], check=True, env=os.environ | threads)
+    with open(f"{out}/result.json") as f:
+        found = json.load(f)
+    print(seed, name, {k: round(v, 3) for k, v in found.items()}, flush=True)
+    return found
+
+
+def measure(name, seed):
+    """Accuracy, KL to the SFT model, length, working and cost of one run, written into its folder."""
+    out = folder(name, seed)
+    if name == "reward":
+        found = on_test_pairs(out)
+    else:
+        (model, tokenizer), (sft, _) = load(out), load(folder("sft", seed))
+        test = [row | {"ids": tokenizer.encode_ordinary(row["prompt"])} for row in sums(1_000, "test")]
+
+        def watch(rows, tokens, mask, texts):
+            """k1 to the SFT model, nats an answer; length of wrong answers, as a sum and a share."""
+            logp, ref_logp = (frozen_logp(x, tokens, mask, 1.0, 0)[0] for x in (model, sft))
+            wrong = torch.tensor([float(not (text and score(row, text))) for row, text in zip(rows, texts)])
+            return {"kl": (logp - ref_logp).sum(1), "wrong_tokens": wrong * mask.sum(1), "wrong": wrong}
+
+        found, _ = evaluate(model, tokenizer, test, score, 24, watch=watch)
+        found["length_wrong"] = found.pop("wrong_tokens") / max(found.pop("wrong"), 1e-9)
+        rows = log(name, seed)
+        found |= careful(model, tokenizer, test) | {"ktokens": sum(row.get("tokens", 0) for row in rows) / 1000, "mem_gb": rows[-1]["mem_gb"]}
     with open(f"{out}/seconds.json") as f:
-        return json.load(f)
+        found |= json.load(f)
+    with open(f"{out}/result.json", "w") as f:
+        json.dump(found, f)
 
 
 def careful(model, tokenizer, rows):
@@ -72,56 +151,78 @@ def interval(values):
     return f"{x.mean():.3f} ± {half:.3f}"
 
 
-def figure(folders, path):
-    """Validation accuracy and answer length against the step, every seed thin and the mean thick."""
+def panel(axis, runs, name, x, **style):
+    """One metric of several seeds against x(rows so far), every seed thin and the mean thick."""
+    curves = [[(x(rows[:i + 1]), row[name]) for i, row in enumerate(rows) if name in row] for rows in runs]
+    for curve in curves:
+        axis.plot(*zip(*curve), alpha=0.2, lw=1, color=style["color"])
+    mean = [[sum(values) / len(values) for values in zip(*points)] for points in zip(*curves)]
+    axis.plot(*zip(*mean), lw=2, **style)
+
+
+def figures(seeds):
+    """assets/grpo.png: accuracy and length rise together. assets/compare.png: against optimiser steps and against generated tokens.
+    assets/dpo.png: plain DPO beyond its best step."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    runs = []
-    for folder in folders:
-        with open(f"{folder}/metrics.jsonl") as f:
-            runs.append([json.loads(line) for line in f])
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for axis, names in zip(axes, (("val_greedy", "val_acc"), ("val_length",))):
-        for name, colour in zip(names, ("tab:blue", "tab:orange")):
-            curves = [[(row["step"], row[name]) for row in run if name in row] for run in runs]
-            for curve in curves:
-                axis.plot(*zip(*curve), color=colour, alpha=0.25, lw=1)
-            mean = [(points[0][0], sum(y for _, y in points) / len(points)) for points in zip(*curves)]
-            axis.plot(*zip(*mean), color=colour, lw=2, label={"val_greedy": "accuracy, greedy", "val_acc": "accuracy, T = 1",
-                                                             "val_length": "answer length, tokens"}[name])
-        axis.set_xlabel("GRPO rollouts")
-        axis.legend()
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    fig.savefig(path, dpi=120)
+    os.makedirs("assets", exist_ok=True)
+    runs = lambda name: [log(name, seed) for seed in seeds]
+    step = lambda rows: rows[-1]["step"]
+
+    def draw(path, *panels):
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained")
+        for axis, (xlabel, ylabel, curves) in zip(axes, panels):
+            for i, (name, metric, x, label) in enumerate(curves):
+                panel(axis, runs(name), metric, x, color=f"C{i}", label=label)
+            axis.set(xlabel=xlabel, ylabel=ylabel)
+            axis.legend()
+        figure.savefig(path, dpi=120)
+
+    draw("assets/grpo.png",
+         ("GRPO rollouts", "accuracy", [("grpo", "val_greedy", step, "greedy"), ("grpo", "val_acc", step, "T = 1")]),
+         ("GRPO rollouts", "answer length, tokens", [("grpo", "val_length", step, "answer length")]))
+    compared = [("ppo", 320 / 40, 0.), ("grpo", 200 / 50, 0.), ("dapo", 200 / 50, 0.), ("dpo", 1, 0.)]
+    tokens = lambda rows: sum(row.get("tokens", 0) for row in rows) / 1000
+    draw("assets/compare.png",
+         ("optimiser steps", "accuracy, T = 1", [(name, "val_acc", lambda rows, per=per: step(rows) * per, name) for name, per, _ in compared]),
+         ("thousand generated tokens", "accuracy, T = 1", [(name, "val_acc", tokens, name) for name, _, _ in compared[:3]]),
+         ("optimiser steps", "answer length, tokens", [(name, "val_length", lambda rows, per=per: step(rows) * per, name) for name, per, _ in compared]))
+    several = [("dpo", "with NLL"), ("dpo_plain", "plain"), ("dpo_slow", "plain, lr 2e-5")]
+    draw("assets/dpo.png", *[("DPO steps", ylabel, [(name, metric, step, label) for name, label in several])
+                             for metric, ylabel in (("val_greedy", "accuracy, greedy"), ("val_acc", "accuracy, T = 1"),
+                                                    ("val_logp_w", "log π(chosen), nats"), ("val_margin", "margin β h of held-out pairs"))])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
-    seeds = range(parser.parse_args().seeds)
-    measured, worth = {name: [] for name in ("sft", *ALGORITHMS)}, []
-    for seed in seeds:
-        sft, judge = f"out/compare/sft_{seed}", f"out/compare/reward_{seed}"
-        from_sft = ["--seed", str(seed), "--init", sft]
-        seconds = {"sft": train("sft.py", sft, "--seed", str(seed))}
-        spent = train("reward.py", judge, *from_sft)
-        worth.append(on_test_pairs(judge) | spent)
-        for name, (script, more) in ALGORITHMS.items():
-            seconds[name] = train(script, f"out/compare/{name}_{seed}", *from_sft, *more, *(["--reward", judge] if name == "ppo" else []))
-        for name in measured:
-            model, tokenizer = load(f"out/compare/{name}_{seed}")
-            test = [row | {"ids": tokenizer.encode_ordinary(row["prompt"])} for row in sums(1_000, "test")]
-            found, _ = evaluate(model, tokenizer, test, score, 24)
-            measured[name].append(found | careful(model, tokenizer, test) | seconds[name])
-            print(seed, name, {k: round(v, 3) for k, v in measured[name][-1].items()}, flush=True)
-    measured["reward model"] = worth
-    for name, rows in measured.items():
-        print(f"\n{name}, {len(rows)} seeds, 1,000 test prompts")
-        for key in rows[0]:
-            values = [row[key] for row in rows]
-            print(f"    {key:36} {interval(values)}    {min(values):.3f} to {max(values):.3f}")
-    figure([f"out/compare/grpo_{seed}" for seed in seeds], "assets/grpo.png")
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES), help="which comparisons")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one run on one thread each")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        return measure(args.measure[0], int(args.measure[1]))
+    seeds, threads = range(args.seeds), {} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"}
+    names = list(dict.fromkeys(name for table in args.tables for name in TABLES[table]))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for first in ("sft", "reward"):
+            list(pool.map(lambda seed: run(first, seed, threads), seeds))
+        results = list(pool.map(lambda job: run(*job, threads), [(name, seed) for seed in seeds for name in names]))
+    of = {name: [found for found, (other, _) in zip(results, [(name, seed) for seed in seeds for name in names]) if other == name] for name in names}
+    of["reward"] = [run("reward", seed, threads) for seed in seeds]
+    for table in args.tables:
+        print(f"\n{table}: {args.seeds} seeds, 1,000 test prompts, mean ± half of the 95% interval over seeds")
+        columns = ["greedy", "acc", "pass@8", "kl", "length", "length_wrong", "end", "ktokens", "seconds", "mem_gb"]
+        print(f"    {'':12}" + "".join(f"{column:>17}" for column in columns))
+        for name in TABLES[table]:
+            print(f"    {name:12}" + "".join(f"{interval([found[column] for found in of[name]]):>17}" for column in columns))
+    for name in ("sft", "reward", "grpo"):
+        for key in of.get(name, [{}])[0]:
+            values = [found[key] for found in of[name]]
+            print(f"    {name:8} {key:36} {interval(values)}    {min(values):.3f} to {max(values):.3f}")
+    if set(args.tables) >= {"algorithms", "dpo"}:
+        figures(seeds)
 
 
 if __name__ == "__main__":

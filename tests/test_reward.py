@@ -131,9 +131,15 @@ def test_the_score_is_read_at_the_end_token_alone_padded_and_in_a_batch(family):
 
 
 def test_rows_that_stand_for_a_group_stay_together_and_count_in_full():
-    mask = torch.ones(6, 10)
-    pieces = [(j.tolist(), t) for j, t, _ in micro_batches(mask, torch.arange(6), 80, torch.device("cpu"), group=4)]
-    assert pieces == [([0, 1], 10), ([2, 3], 10), ([4, 5], 10)]
+    """Of four answers to a prompt the longest counts, and `at` finds those of all four in the flattened piece."""
+    mask = torch.ones(6, 4, 10)
+    mask[:, 1:, 4:] = 0
+    tokens = torch.arange(240).view(6, 4, 10)
+    pieces = list(micro_batches(mask, torch.arange(6), 80, torch.device("cpu")))
+    assert [(j.tolist(), t) for j, t, _ in pieces] == [([0, 1], 10), ([2, 3], 10), ([4, 5], 10)]
+    for j, t, at in pieces:
+        chosen = tokens[j][mask[j] > 0]
+        assert torch.equal(tokens[j, :, :t].flatten()[at], chosen[chosen % 10 > 0])          # nothing is chosen at t = 0
 
 
 # -------------------------------------------------------------------------------------------------------------------- the people

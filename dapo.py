@@ -14,9 +14,8 @@ GRPO with four changes, and with the KL and its reference model taken out: `diff
                            policy, until the batch is full                                                      (Eq. 11)
     3. token-level loss    one mean over all tokens of the optimiser batch: a token of a long answer weighs as much as
                            one of a short answer                                                                (Eq. 12)
-    4. overlong shaping    R_i = rule + { 0                               |o_i| <= L_max - L_cache
-                                          (L_max - L_cache - |o_i|) / L_cache       in between                  (Eq. 13)
-                                          -1                              |o_i| > L_max }
+    4. overlong shaping    R_i = rule + (L_max - L_cache - |o_i|) / L_cache, the second part clipped to [-1, 0]:
+                           answers that ramble lose up to 1, all others nothing                                 (Eq. 13)
 
     paper   θ       o_i                π_old     r_it   Â_i  ε_low, ε_high       G      L_max    L_cache
     here    policy  tokens[mask == 1]  old_logp  ratio  adv  clip_low, clip_high  group  max_new  overlong_cache
@@ -195,6 +194,8 @@ def train(cfg):
         raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers to a prompt are the same")
     if B % cfg.minibatch:
         raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of --prompts x --group")
+    if cfg.overlong_cache > cfg.max_new:
+        raise InputError(f"--overlong_cache {cfg.overlong_cache}: must be at most --max_new {cfg.max_new}")
 
     # models and data: all that can be wrong is found here, before the first step
     if not cfg.data:

@@ -163,8 +163,8 @@ def train(cfg):
     # policy and pairs: all that can be wrong is found here, before the first step
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
-        if not os.path.exists(PAIRS):
-            make_first(os.path.dirname(PAIRS), "reward.py", os.path.dirname(PAIRS), cfg.seed, "--collect_only")
+        if cfg.init == Config.init and not os.path.exists(PAIRS):
+            make_first("out/reward", "reward.py", "out/reward", cfg.seed, "--collect_only")
     policy, tokenizer = load(cfg.init, device, "GPT")
     rows, val, test = comparisons(cfg, tokenizer, policy.cfg.context)
     asked, asked_test = (questions(pairs, which, cfg, tokenizer, policy.cfg.context)

@@ -98,9 +98,12 @@ def test_readme_names_only_files_and_flags_that_exist():
 def test_the_code_that_the_readme_shows_stands_in_the_files():
     """Every line of its Python blocks in a script, every line of its diff in the file that it is taken from."""
     plain = lambda line: " ".join(line.split())
-    text, lines = source("README.md"), {f: {plain(line) for line in source(f).splitlines()} for f in SCRIPTS}
+    text = source("README.md")
+    lines = {f: {plain(line) for line in source(f).splitlines()} for f in (*SCRIPTS, "tests/relatives.py")}
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         for line in filter(None, map(plain, block.splitlines())):
             assert any(line in own for own in lines.values()), line
-    for line in re.findall(r"```diff\n(.*?)```", text, re.S)[0].splitlines():
-        assert plain(line[1:]) in lines["ppo.py" if line[0] == "-" else "grpo.py"], line
+    blocks = re.findall(r"```diff\n(.*?)```", text, re.S)
+    for block, (old, new) in zip(blocks, (("ppo.py", "grpo.py"), ("grpo.py", "dapo.py")), strict=True):
+        for line in block.splitlines():
+            assert plain(line[1:]) in lines[old if line[0] == "-" else new], line

@@ -2,6 +2,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ import reward
 from conftest import ROOT
 from model import Guard
 
-SCRIPTS = ["sft.py", "reward.py", "ppo.py", "grpo.py"]
+SCRIPTS = ["sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py", "dapo.py"]
 
 SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "12", "--eval_every", "5", "--batch", "8"]
 QUICK = ["--steps", "6", "--prompts", "4", "--group", "4", "--minibatch", "8", "--eval_every", "3"]
@@ -39,10 +40,11 @@ def metrics(folder):
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder in which both ways have been gone with default settings: out/sft and out/grpo, then out/reward and out/ppo."""
+    """A folder in which all ways have been gone, with default settings but for a shorter dapo.py: from SFT to GRPO, to DPO by way of the
+    comparisons, to PPO by way of the reward model, and to DAPO."""
     home = tmp_path_factory.mktemp("home")
-    for name in ("grpo.py", "ppo.py"):
-        done = script(name, cwd=home)
+    for name, *more in (("grpo.py",), ("dpo.py",), ("ppo.py",), ("dapo.py", "--steps", 20)):
+        done = script(name, *more, cwd=home)
         assert done.returncode == 0, done.stderr
         (home / name).write_text(done.stdout)
     return home
@@ -62,15 +64,37 @@ def test_one_command_trains_sft_then_grpo_and_learns_on_held_out_prompts(home):
     assert .4 < g0 < .65 and a0 > .45 and final(log, "pass@8")[0] > .90
     assert g1 > .93 and a1 > .85 and n1 > n0 + 2
     rows = metrics(home / "out/grpo")
-    assert [row["step"] for row in rows] == list(range(81))
+    assert [row["step"] for row in rows] == list(range(51))
     assert all(row["gap"] < 1e-5 for row in rows[1:]), "the sampler and the scorer disagree"
     assert {"config.json", "metrics.jsonl", "ckpt.pt", "samples.txt"} <= set(os.listdir(home / "out/grpo"))
+
+
+def test_one_command_collects_comparisons_then_trains_dpo(home):
+    """With room: greedy .93, T=1 .75, longer answers; held-out pairs from 0 in order at the start to .9, rejected answers pushed far down."""
+    log = (home / "dpo.py").read_text()
+    assert "out/reward does not exist: running reward.py first" in log and "running sft.py" not in log
+    (g0, g1), (_, a1), (n0, n1), (p0, p1) = (final(log, name) for name in ("greedy", "acc", "length", "pair_acc"))
+    assert g0 < .65 and g1 > .93 and a1 > .75 and n1 > n0 + 2 and p0 == 0 and p1 > .9
+    rows = metrics(home / "out/dpo")
+    assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) > 100
+    assert abs(rows[1]["loss"] - math.log(2)) < 1e-4 and rows[-1]["loss"] < .6
+    assert rows[-1]["val_logp_l"] < rows[0]["val_logp_l"] - 3 and rows[-1]["val_logp_w"] > rows[0]["val_logp_w"] - 1
+
+
+def test_dapo_learns_and_counts_what_it_samples(home):
+    """Twenty rollouts, with room: greedy .9; no group of a full batch is dead, and more is sampled than what is learned from."""
+    log = (home / "dapo.py").read_text()
+    (_, g1), (a0, a1), (n0, n1) = (final(log, name) for name in ("greedy", "acc", "length"))
+    assert g1 > .9 and a1 > a0 + .2 and n1 > n0 + 2
+    rows = metrics(home / "out/dapo")[1:]
+    assert all(row["gap"] < 1e-5 and "kl" not in row for row in rows) and any(row["tries"] > 1 for row in rows)
+    assert all(row["tokens"] >= 256 * row["len"] - 1 and 0 <= row["dead"] < 1 for row in rows)
 
 
 def test_one_command_trains_a_reward_model_then_ppo_and_lifts_what_the_reward_model_never_saw(home):
     """With room: pair accuracy .93 and well above "the longer answer is better"; PPO .93 greedy and .85 at T=1 by the rule, which only reports."""
     log = (home / "ppo.py").read_text()
-    assert "out/reward does not exist: running reward.py first" in log
+    assert "running reward.py first" in log and "out/reward: the earlier run is kept as out/reward.1" in log
     pairs, log = log.split("\nppo: ")
     pair_acc, longer, ece = (final(pairs, name)[1] for name in ("acc", "longer", "ece"))
     assert pair_acc > .93 and pair_acc > longer + .05 and ece < .06 and final(pairs, "alike")[1] > .85
@@ -115,7 +139,9 @@ def judge(adder):
 
 def arguments(name, small, adder, judge):
     own = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
-    return {"sft.py": SMALL, "reward.py": [*PAIRS, *own], "ppo.py": [*PPO, *own, "--reward", judge], "grpo.py": [*QUICK, "--init", small]}[name]
+    pairs = ["--init", adder / "out/sft", "--data", judge / "preferences.jsonl", "--batch", 12, "--eval_every", 3, *SHORT]
+    return {"sft.py": SMALL, "reward.py": [*PAIRS, *own], "ppo.py": [*PPO, *own, "--reward", judge], "dpo.py": pairs,
+            "grpo.py": [*QUICK, "--init", small], "dapo.py": [*QUICK, *own]}[name]
 
 
 @pytest.fixture(scope="session")
@@ -133,11 +159,12 @@ def test_two_runs_with_one_seed_write_the_same_metrics_and_another_seed_does_not
         assert script(name, *args, "--out", out, "--seed", seed, cwd=tmp_path).returncode == 0
     a, b, c = (metrics(tmp_path / x) for x in "abc")
     assert a == b and a != c
-    assert name == "reward.py" or a[-1]["step"] == int(args[args.index("--steps") + 1])
+    assert name in ("reward.py", "dpo.py") or a[-1]["step"] == int(args[args.index("--steps") + 1])
 
 
 @pytest.mark.parametrize("name, more", [("sft.py", []), ("reward.py", []), ("ppo.py", []), ("ppo.py", ["--reward", "rule"]), ("grpo.py", []),
-                                        ("grpo.py", ["--ref_every", "2", "--epochs", "2"]), ("grpo.py", ["--reward", "JUDGE"])])
+                                        ("grpo.py", ["--ref_every", "2", "--epochs", "2"]), ("grpo.py", ["--reward", "JUDGE"]),
+                                        ("dpo.py", []), ("dapo.py", []), ("dapo.py", ["--reward", "JUDGE", "--tries", "2"])])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, adder, judge, tmp_path):
     """Cut between two checkpoints: the steps after the last one are done again, and no line is lost or doubled."""
     args = arguments(name, small, adder, judge) + [judge if x == "JUDGE" else x for x in more]
@@ -331,6 +358,15 @@ BAD = [
     ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "its answers are equal, all tie or repeat"),
     ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], json.dumps({"prompt": "a", "chosen": "b" * 99, "rejected": "c"}) + "\n", "longer than the context of 64"),
     ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl", "--collect_only"], '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "there is nothing to collect"),
+    ("dpo.py", ["--init", "SMALL"], None, "out/reward/preferences.jsonl: no such file"),
+    ("dpo.py", ["--init", "JUDGE", "--data", "rows.jsonl"], None, "this is a reward model, and a policy is needed here"),
+    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl", "--smoothing", "0.5"], None, "--smoothing 0.5: must be below 0.5"),
+    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b"}\n', 'rows.jsonl:1: field "rejected" is missing'),
+    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "its answers are equal, all tie or repeat"),
+    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], json.dumps({"prompt": "a", "chosen": "b" * 99, "rejected": "c"}) + "\n", "longer than the context of 64"),
+    ("dapo.py", ["--init", "SMALL", "--tries", "0"], None, "--tries 0: must be at least 1"),
+    ("dapo.py", ["--init", "SMALL", "--clip_high", "-0.1"], None, "--clip_high -0.1: must be at least 0"),
+    ("dapo.py", ["--init", "SMALL", "--overlong_cache", "25"], None, "--overlong_cache 25: must be at most --max_new 24"),
     ("grpo.py", ["--init", "SMALL", "--out", "rows.jsonl"], "x", "rows.jsonl: cannot write here"),
 ]
 

@@ -54,12 +54,12 @@ class Config:
     # objective
     beta: float = 0.1             # β, the price of leaving the reference in the objective that this is the optimum of
     smoothing: float = 0.0        # ε of cDPO, the share of pairs believed to be the wrong way round, below .5
-    nll: float = 1.0              # weight of SFT's loss on the chosen answers, nats a token; 0 is plain DPO
+    nll: float = 3.0              # weight of SFT's loss on the chosen answers, nats a token; 0 is plain DPO
     # optimisation
     epochs: int = 1               # passes over the pairs
     batch: int = 64               # pairs in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
-    lr: float = 5e-5              # peak rate of AdamW; for a real pretrained model 5e-7
+    lr: float = 1e-4              # peak rate of AdamW; for a real pretrained model 5e-7
     warmup: int = 5               # steps of linear warm-up, before half a cosine down to 0
     grad_clip: float = 1.0        # largest gradient norm
     # watching

@@ -36,6 +36,7 @@ RUNS = {                                                                  # name
     "dpo_plain": f"dpo.py --nll 0 {FROM_PAIRS}",
     "dpo_slow": f"dpo.py --nll 0 --lr 2e-5 {FROM_PAIRS}",
     "ipo": f"tests/relatives.py ipo --nll 0 --lr 2e-5 {FROM_PAIRS}",
+    "chosen": f"dpo.py --beta 0 {FROM_PAIRS}",                            # what is left is SFT on the chosen answers
     "reinforce": "tests/relatives.py reinforce",
     "baseline": "tests/relatives.py baseline",
     "rloo": "tests/relatives.py rloo",
@@ -53,7 +54,7 @@ RUNS = {                                                                  # name
 }
 TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
-    "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo"],
+    "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "grpo", "drgrpo", "gspo"],
     "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs", "constant", "token_mean"],

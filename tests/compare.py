@@ -41,7 +41,7 @@ RUNS = {                                                                  # name
     "baseline": "tests/relatives.py baseline",
     "rloo": "tests/relatives.py rloo",
     "drgrpo": "tests/relatives.py drgrpo",
-    "gspo": "tests/relatives.py gspo",
+    "gspo": "tests/relatives.py gspo --clip_eps 0.02",
     "grpo_free": "grpo.py --kl_beta 0",
     "token_mean": f"dapo.py {BARE}",
     "clip_higher": "dapo.py --tries 1 --overlong_cache 0",

@@ -16,7 +16,7 @@ import dpo  # noqa: E402
 import grpo  # noqa: E402
 from model import main  # noqa: E402
 
-grpo_loss, LONGEST = grpo.grpo_loss, 24
+grpo_loss, dpo_loss, LONGEST = grpo.grpo_loss, dpo.dpo_loss, 24           # as they are before anything is swapped
 
 
 # what stands for the critic: reward (B,), the answers of one prompt adjacent -> adv (B,)
@@ -68,7 +68,7 @@ def gspo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
 
 def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta, smoothing=0.0, n=None):
     """IPO (arXiv 2310.12036, Eq. 17): h is drawn to 1/(2β) and not to infinity. Log-probs are sums over tokens, as in DPO."""
-    _, stats = dpo.dpo_loss(logp_w, logp_l, ref_w, ref_l, beta)
+    _, stats = dpo_loss(logp_w, logp_l, ref_w, ref_l, beta)
     h = (logp_w - logp_l) - (ref_w - ref_l)
     return (h - 1 / (2 * beta)).square().sum() / (len(h) if n is None else n), stats
 

@@ -186,11 +186,15 @@ def test_dynamic_sampling_fills_the_batch_with_informative_groups_of_the_current
         every = torch.cat([part[1].sum(1) for part in parts])
         assert row["tokens"] == every.sum() and row["tries"] == len(parts) and row["len"] == pytest.approx(every.mean().item())
         assert row["dead"] == pytest.approx(1 - 6 / len(keep))
-        gold = 0.0
+        gold = []
         for part in parts:
             texts = answers(make_tokenizer("bytes"), part[0], part[1], tuple(range(200)))
-            gold += sum(t is not None and dapo.score({"prompt": chr(p)}, t) for t, p in zip(texts, part[0][:, 0].tolist()))
-        assert row["gold"] == pytest.approx(gold / len(every)) and 0 < row["gold"] < 1
+            right = [float(t is not None and dapo.score({"prompt": chr(p)}, t)) for t, p in zip(texts, part[0][:, 0].tolist())]
+            for r, n, earned in zip(right, part[1].sum(1).tolist(), part[4].tolist()):       # L_max 12, L_cache 11: from the second token on
+                assert earned == pytest.approx(r + min(0, (1 - n) / 11))
+            gold += right
+        assert row["gold"] == pytest.approx(sum(gold) / len(every)) and 0 < row["gold"] < 1
+        assert row["solved"] == pytest.approx(sum(any(gold[i:i + 4]) for i in range(0, len(gold), 4)) / len(keep))
         assert row["gap"] < 1e-4                                          # every kept answer is from the policy that is about to move
         batches = [len(part[0]) // 4 for part in parts]
         assert batches[0] == 6 and batches == [6 - int(keep[:sum(batches[:k])].sum()) for k in range(len(batches))]
@@ -220,7 +224,10 @@ def test_without_its_four_changes_it_trains_as_token_mean_grpo_without_a_price(t
         for name in ("reward", "gold", "dead", "len", "end", "ent", "clip_low", "clip_high", "gnorm", "tokens"):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
     (a, _), (b, _) = (load(str(tmp_path / out)) for out in ("dapo", "grpo"))
-    for p, q in zip(a.parameters(), b.parameters()):
+    run(tmp_path, "pieces", monkeypatch, clip_high=0.2, tries=1, overlong_cache=0, **whole | {"micro_tokens": 40})
+    c, _ = load(str(tmp_path / "pieces"))
+    for p, q, r in zip(a.parameters(), b.parameters(), c.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
+        torch.testing.assert_close(p, r, rtol=0, atol=1e-4)               # in pieces, with the denominator of the whole optimiser batch
     assert run(tmp_path, "clip", monkeypatch, tries=1, overlong_cache=0, **whole)[-1] != ours[-1]      # and each change changes something
     assert run(tmp_path, "length", monkeypatch, clip_high=0.2, tries=1, overlong_cache=6, **whole)[-1] != ours[-1]

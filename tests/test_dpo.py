@@ -243,8 +243,31 @@ def test_no_prompt_is_in_two_parts_and_pairs_that_do_not_fit_are_dropped(own, ca
     parts = dpo.comparisons(dpo.Config(data=str(own / "pairs.jsonl")), tokenizer, 48)
     prompts = [{row["prompt"] for row in part} for part in parts]
     assert sum(map(len, parts)) == 120 and not (prompts[0] & prompts[1] or prompts[0] & prompts[2] or prompts[1] & prompts[2])
+    for row in parts[0] + parts[1] + parts[2]:
+        for which, tokens, mask in zip(("chosen", "rejected"), row["tokens"], row["mask"]):  # in this order
+            assert tokens == [*(row["prompt"] + row[which]).encode(), 256] and mask == [0] * len(row["prompt"]) + [1] * (len(row[which]) + 1)
     parts = dpo.comparisons(dpo.Config(data=str(own / "pairs.jsonl")), tokenizer, 8)
     assert 0 < sum(map(len, parts)) < 120 and "longer than the context of 8 tokens" in capsys.readouterr().out
+
+
+def test_what_is_said_of_held_out_pairs_and_how_sure_it_is(own):
+    """Against loops, with references that make some pairs wrong; the pairs of one prompt count as one observation for the interval."""
+    model, tokenizer = load(str(own / "init"))
+    pairs = dpo.comparisons(dpo.Config(data=str(own / "pairs.jsonl")), tokenizer, 48)[0]
+    logp = summed_logp(model, pairs, dpo.Config(), DEVICE)
+    torch.manual_seed(0)
+    for row, both in zip(pairs, (logp + torch.randn_like(logp)).tolist()):
+        row["ref"] = both
+    found, _ = dpo.held_out(model, tokenizer, [], pairs, dpo.Config(beta=0.5), DEVICE)
+    h = [a - row["ref"][0] - b + row["ref"][1] for row, (a, b) in zip(pairs, logp.tolist())]
+    acc, off = sum(x > 0 for x in h) / len(h), {}
+    for row, x in zip(pairs, h):
+        off[row["prompt"]] = off.get(row["prompt"], 0.0) + (x > 0) - acc
+    assert 0 < acc < 1 and len(off) < len(h)
+    expected = {"pair_acc": acc, "±": 1.96 * math.sqrt(sum(x * x for x in off.values())) / len(h), "margin": .5 * sum(h) / len(h),
+                "pair_loss": sum(math.log(1 + math.exp(-.5 * x)) for x in h) / len(h), "logp_w": logp[:, 0].mean().item()}
+    assert all(math.isclose(found[name], x, rel_tol=1e-4) for name, x in expected.items())
+    assert "±" not in dpo.held_out(model, tokenizer, [], [], dpo.Config(), DEVICE)[0]
 
 
 def test_built_in_pairs_are_tried_on_every_held_out_prompt_and_own_pairs_on_theirs():

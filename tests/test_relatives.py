@@ -58,8 +58,14 @@ def test_gspo_cuts_an_answer_as_a_whole_where_grpo_cuts_tokens():
     assert (far == 0).all()
 
 
-def test_the_script_knows_every_relative_and_swaps_names_that_exist():
+def test_every_relative_takes_the_place_of_a_function_that_it_can_still_call(monkeypatch):
+    arguments = {"group_advantage": (REWARD, 4), "grpo_loss": (*batch(), 0.2, 0.1), "dpo_loss": (*torch.randn(4, 7), 0.1)}
     for script, swapped in RELATIVES.values():
+        with monkeypatch.context() as patch:
+            for name, function in swapped.items():
+                patch.setattr(script, name, function)
+            for name in swapped:
+                getattr(script, name)(*arguments[name])
         for name, function in swapped.items():
             ours = getattr(script, name)
             assert ours.__code__.co_varnames[:ours.__code__.co_argcount] == function.__code__.co_varnames[:function.__code__.co_argcount], name

@@ -24,6 +24,7 @@ from grpo import score  # noqa: E402
 from model import answers, evaluate, frozen_logp, load, read_preferences, split, sums  # noqa: E402
 
 FROM_PAIRS = "--data out/compare/reward_{seed}/preferences.jsonl"
+FRESH = "--prompts 8 --steps 200 --warmup 12 --eval_every 40"            # as many answers and updates, each from the current policy
 BARE = "--clip_high 0.2 --tries 1 --overlong_cache 0"                     # dapo.py without three of its changes
 RUNS = {                                                                  # name: command, to which seed, init and out are added
     "sft": "sft.py",
@@ -37,11 +38,16 @@ RUNS = {                                                                  # name
     "dpo_slow": f"dpo.py --nll 0 --lr 2e-5 {FROM_PAIRS}",
     "ipo": f"tests/relatives.py ipo --nll 0 --lr 2e-5 {FROM_PAIRS}",
     "chosen": f"dpo.py --beta 0 {FROM_PAIRS}",                            # what is left is SFT on the chosen answers
-    "reinforce": "tests/relatives.py reinforce",
-    "baseline": "tests/relatives.py baseline",
-    "rloo": "tests/relatives.py rloo",
-    "drgrpo": "tests/relatives.py drgrpo",
+    "reinforce": "tests/relatives.py reinforce --guard false",
+    "baseline": "tests/relatives.py baseline --guard false",
+    "rloo": "tests/relatives.py rloo --guard false",
+    "drgrpo": "tests/relatives.py drgrpo --guard false",
     "gspo": "tests/relatives.py gspo --clip_eps 0.02",
+    "reinforce_fresh": f"tests/relatives.py reinforce {FRESH}",
+    "baseline_fresh": f"tests/relatives.py baseline {FRESH}",
+    "rloo_fresh": f"tests/relatives.py rloo {FRESH}",
+    "drgrpo_fresh": f"tests/relatives.py drgrpo {FRESH}",
+    "grpo_fresh": f"grpo.py {FRESH}",
     "grpo_free": "grpo.py --kl_beta 0",
     "token_mean": f"dapo.py {BARE}",
     "clip_higher": "dapo.py --tries 1 --overlong_cache 0",
@@ -56,6 +62,7 @@ TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "grpo", "drgrpo", "gspo"],
+    "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "grpo_fresh", "drgrpo_fresh"],
     "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs", "constant", "token_mean"],
 }
@@ -215,9 +222,9 @@ def main():
     for table in args.tables:
         print(f"\n{table}: {args.seeds} seeds, 1,000 test prompts, mean ± half of the 95% interval over seeds")
         columns = ["greedy", "acc", "pass@8", "kl", "length", "length_wrong", "end", "ktokens", "seconds", "mem_gb"]
-        print(f"    {'':12}" + "".join(f"{column:>17}" for column in columns))
+        print(f"    {'':16}" + "".join(f"{column:>17}" for column in columns))
         for name in TABLES[table]:
-            print(f"    {name:12}" + "".join(f"{interval([found[column] for found in of[name]]):>17}" for column in columns))
+            print(f"    {name:16}" + "".join(f"{interval([found[column] for found in of[name]]):>17}" for column in columns))
     for name in ("sft", "reward", "grpo"):
         for key in of.get(name, [{}])[0]:
             values = [found[key] for found in of[name]]

@@ -106,7 +106,8 @@ def comparisons(cfg, tokenizer, context):
             both = [encode_answer(tokenizer, row, row[which]) for which in ("chosen", "rejected")]
             row["tokens"], row["mask"] = zip(*both)
     fits = lambda row: max(map(len, row["tokens"])) <= context
-    return [usable(pairs, fits, f"an answer is longer than the context of {context} tokens") for pairs in parts]
+    why = f"an answer is longer than the context of {context} tokens"
+    return [usable(pairs, fits, why, need=pairs is parts[0]) for pairs in parts]
 
 
 def questions(pairs, which, cfg, tokenizer, context):
@@ -116,7 +117,8 @@ def questions(pairs, which, cfg, tokenizer, context):
     size = {"val": 500, "test": 1_000}[which]
     rows = sums(size, which) if builtin else {row["prompt"]: row for row in pairs}.values()
     rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
-    return [row for row in rows if len(row["ids"]) + cfg.max_new <= context]
+    fits = lambda row: len(row["ids"]) + cfg.max_new <= context
+    return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens", need=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
@@ -176,11 +178,11 @@ def train(cfg):
           f"{len(val)} to validate, {len(test)} to report")
     out = Folder(cfg, steps, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(policy, optimizer)
-    if saved:
-        ref = saved["ref"]
-    else:
-        ref = summed_logp(policy, rows + val + test, cfg, device)     # (P, 2): before its first step it is the policy
-    for row, both in zip(rows + val + test, ref.tolist()):
+    every = rows + val + test
+    ref = saved["ref"] if saved else summed_logp(policy, every, cfg, device)    # (P, 2)  it is the policy until step 1
+    if len(ref) != len(every):
+        raise InputError(f"--resume: {len(every)} pairs, and the run in {cfg.out} began with {len(ref)}")
+    for row, both in zip(every, ref.tolist()):
         row["ref"] = both
     before, texts_before = saved.get("before") or held_out(policy, tokenizer, asked_test, test, cfg, device, samples=8)
     if first == 0:

@@ -60,10 +60,10 @@ RUNS = {                                                                  # name
 }
 TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
+    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "grpo", "drgrpo", "gspo"],
     "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "grpo_fresh", "drgrpo_fresh"],
-    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs", "constant", "token_mean"],
 }
 MODELS = {"sft": 1, "dpo": 1, "ppo": 4, "ppo_rule": 3, "grpo": 2, "dapo": 1}     # in memory: policy, reference, critic, reward model
@@ -213,11 +213,12 @@ def main():
         return measure(args.measure[0], int(args.measure[1]))
     seeds, threads = range(args.seeds), {} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"}
     names = list(dict.fromkeys(name for table in args.tables for name in TABLES[table]))
+    jobs = [(name, seed) for name in names for seed in seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         for first in ("sft", "reward"):
             list(pool.map(lambda seed: run(first, seed, threads), seeds))
-        results = list(pool.map(lambda job: run(*job, threads), [(name, seed) for seed in seeds for name in names]))
-    of = {name: [found for found, (other, _) in zip(results, [(name, seed) for seed in seeds for name in names]) if other == name] for name in names}
+        results = list(pool.map(lambda job: run(*job, threads), jobs))
+    of = {name: [found for found, (other, _) in zip(results, jobs) if other == name] for name in names}
     of["reward"] = [run("reward", seed, threads) for seed in seeds]
     for table in args.tables:
         print(f"\n{table}: {args.seeds} seeds, 1,000 test prompts, mean ± half of the 95% interval over seeds")

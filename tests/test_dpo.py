@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import relatives
 import sft
 from conftest import gradients, naive_logp, tiny
 from dpo import dpo_loss, stacked, summed_logp
-from model import Optimizers, encode_answer, load, make_tokenizer, micro_batches, save
+from model import InputError, Optimizers, encode_answer, load, make_tokenizer, micro_batches, save
 
 DEVICE = torch.device("cpu")
 
@@ -236,6 +237,25 @@ def test_one_step_of_the_script_is_equation_7_and_sfts_loss_on_the_chosen(own, n
     loss = -(.8 * h.sigmoid().log() + .2 * (-h).sigmoid().log()).mean() + nll * sft.sft_loss(logp[::2], mask[:, 0])[0]
     for p, q, g in zip(model.parameters(), after.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
         torch.testing.assert_close(p - q, g, rtol=1e-3, atol=1e-4 * g.abs().max().item() + 1e-6)
+
+
+def test_a_resumed_run_keeps_its_reference_and_refuses_other_pairs(own, tmp_path):
+    """The stored log-probs are those of the first start, even where --init has changed since; pairs that came or went are told."""
+    copy = tmp_path / "copy"
+    shutil.copytree(own, copy)
+    whole = run(copy, "whole", batch=20, eval_every=2)
+    run(copy, "cut", batch=20, eval_every=2)
+    state = torch.load(copy / "cut/ckpt.pt", weights_only=True)
+    model, tokenizer = load(str(copy / "init"))
+    with torch.no_grad():
+        model.embedding.weight += 0.1
+    save(str(copy / "init"), model, tokenizer)
+    again = run(copy, "cut", batch=20, eval_every=2, epochs=2, resume=True)
+    assert [row["loss"] for row in again[1:len(whole)]] == [row["loss"] for row in whole[1:]] and len(again) > len(whole)
+    assert torch.equal(torch.load(copy / "cut/ckpt.pt", weights_only=True)["more"]["ref"], state["more"]["ref"])
+    (copy / "pairs.jsonl").write_text((copy / "pairs.jsonl").read_text() + '{"prompt": "new", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(InputError, match="121 pairs, and the run in .* began with 120"):
+        run(copy, "cut", batch=20, eval_every=2, epochs=3, resume=True)
 
 
 def test_no_prompt_is_in_two_parts_and_pairs_that_do_not_fit_are_dropped(own, capsys):

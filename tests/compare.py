@@ -80,17 +80,19 @@ def log(name, seed):
         return [json.loads(line) for line in f]
 
 
-def run(name, seed, threads):
-    """Train into out/compare unless it is there; how it does on the test prompts and what it cost is kept beside the run."""
-    out = folder(name, seed)
+def train(script, out, *more, **env):
+    """Run a script into `out` unless it has already finished there; the seconds that it took are kept beside the run."""
     if not os.path.exists(f"{out}/seconds.json"):
-        more = [] if name == "sft" else ["--init", folder("sft", seed)]
-        script, *flags = RUNS[name].format(seed=seed).split()
         t = time.perf_counter()
-        subprocess.run([sys.executable, f"{ROOT}/{script}", *flags, "--seed", str(seed), *more, "--out", out], check=True,
-                       stdout=subprocess.DEVNULL, env=os.environ | threads)
+        subprocess.run([sys.executable, f"{ROOT}/{script}", *more, "--out", out], check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
         with open(f"{out}/seconds.json", "w") as f:
             json.dump({"seconds": time.perf_counter() - t}, f)
+
+
+def run(name, seed, threads):
+    """Train into out/compare unless it is there; how it does on the test prompts and what it cost is kept beside the run."""
+    out, (script, *flags) = folder(name, seed), RUNS[name].format(seed=seed).split()
+    train(script, out, *flags, "--seed", str(seed), *([] if name == "sft" else ["--init", folder("sft", seed)]), **threads)
     if not os.path.exists(f"{out}/result.json"):
         subprocess.run([sys.executable, __file__, "--measure", name, str(seed)], check=True, env=os.environ | threads)
     with open(f"{out}/result.json") as f:

@@ -85,7 +85,8 @@ def test_readme_names_only_files_and_flags_that_exist():
     for path in set(re.findall(r"`((?:tests/|assets/)?[\w.]+\.(?:py|txt|png|md))`", text) + re.findall(r"\]\(([\w/.]+)\)", text)):
         if not path.startswith(("out/", "curves", "samples")):
             assert os.path.exists(os.path.join(ROOT, path)), path
-    commands = [line for block in re.findall(r"```\n?(?:bash|sh)?\n(.*?)```", text, re.S) for line in block.splitlines() if "python " in line]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    commands = [line for language, block in blocks if not language for line in block.splitlines() if "python " in line]
     assert commands
     for line in commands:
         words = shlex.split(line.split("python ", 1)[1], comments=True)

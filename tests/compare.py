@@ -52,6 +52,7 @@ RUNS = {                                                                  # name
     "token_mean": f"dapo.py {BARE}",
     "clip_higher": "dapo.py --tries 1 --overlong_cache 0",
     "overlong": "dapo.py --tries 1",
+    "wide": "grpo.py --kl_beta 0 --prompts 128 --minibatch 256",          # about as many answers as dapo.py samples, and all are learned from
     "group_2": "grpo.py --group 2 --prompts 128",
     "group_32": "grpo.py --group 32 --prompts 8",
     "one_update": "grpo.py --minibatch 256",
@@ -60,7 +61,7 @@ RUNS = {                                                                  # name
 }
 TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
-    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
+    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo", "wide"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "grpo", "drgrpo", "gspo"],
     "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "grpo_fresh", "drgrpo_fresh"],

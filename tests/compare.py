@@ -61,11 +61,11 @@ RUNS = {                                                                  # name
 }
 TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
-    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo", "wide"],
+    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "grpo", "drgrpo", "gspo"],
     "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "grpo_fresh", "drgrpo_fresh"],
-    "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs", "constant", "token_mean"],
+    "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs", "constant", "token_mean", "wide", "dapo"],
 }
 MODELS = {"sft": 1, "dpo": 1, "ppo": 4, "ppo_rule": 3, "grpo": 2, "dapo": 1}     # in memory: policy, reference, critic, reward model
 
@@ -171,38 +171,40 @@ def panel(axis, runs, name, x, **style):
     axis.plot(*zip(*mean), lw=2, **style)
 
 
-def figures(seeds):
-    """assets/grpo.png: accuracy and length rise together. assets/compare.png: against optimiser steps and against generated tokens.
-    assets/dpo.png: plain DPO beyond its best step."""
+def figures(tables, seeds):
+    """assets/grpo.png: accuracy and length rise together. assets/compare.png: all algorithms against optimiser steps and against generated
+    tokens. assets/dpo.png: plain DPO beyond its best step."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     os.makedirs("assets", exist_ok=True)
-    runs = lambda name: [log(name, seed) for seed in seeds]
     step = lambda rows: rows[-1]["step"]
+    updates = lambda each: lambda rows: step(rows) * each
+    tokens = lambda rows: sum(row.get("tokens", 0) for row in rows) / 1000
 
     def draw(path, *panels):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained")
         for axis, (xlabel, ylabel, curves) in zip(axes, panels):
             for i, (name, metric, x, label) in enumerate(curves):
-                panel(axis, runs(name), metric, x, color=f"C{i}", label=label)
+                panel(axis, [log(name, seed) for seed in seeds], metric, x, color=f"C{i}", label=label)
             axis.set(xlabel=xlabel, ylabel=ylabel)
             axis.legend()
         figure.savefig(path, dpi=120)
 
-    draw("assets/grpo.png",
-         ("GRPO rollouts", "accuracy", [("grpo", "val_greedy", step, "greedy"), ("grpo", "val_acc", step, "T = 1")]),
-         ("GRPO rollouts", "answer length, tokens", [("grpo", "val_length", step, "answer length")]))
-    compared = [("ppo", 320 / 40, 0.), ("grpo", 200 / 50, 0.), ("dapo", 200 / 50, 0.), ("dpo", 1, 0.)]
-    tokens = lambda rows: sum(row.get("tokens", 0) for row in rows) / 1000
-    draw("assets/compare.png",
-         ("optimiser steps", "accuracy, T = 1", [(name, "val_acc", lambda rows, per=per: step(rows) * per, name) for name, per, _ in compared]),
-         ("thousand generated tokens", "accuracy, T = 1", [(name, "val_acc", tokens, name) for name, _, _ in compared[:3]]),
-         ("optimiser steps", "answer length, tokens", [(name, "val_length", lambda rows, per=per: step(rows) * per, name) for name, per, _ in compared]))
-    several = [("dpo", "with NLL"), ("dpo_plain", "plain"), ("dpo_slow", "plain, lr 2e-5")]
-    draw("assets/dpo.png", *[("DPO steps", ylabel, [(name, metric, step, label) for name, label in several])
-                             for metric, ylabel in (("val_greedy", "accuracy, greedy"), ("val_acc", "accuracy, T = 1"),
-                                                    ("val_logp_w", "log π(chosen), nats"), ("val_margin", "margin β h of held-out pairs"))])
+    if "algorithms" in tables:
+        draw("assets/grpo.png",
+             ("GRPO rollouts", "accuracy", [("grpo", "val_greedy", step, "greedy"), ("grpo", "val_acc", step, "T = 1")]),
+             ("GRPO rollouts", "answer length, tokens", [("grpo", "val_length", step, "answer length")]))
+        each = {"ppo": 8, "grpo": 4, "dapo": 4, "dpo": 1}                 # optimiser steps a line of the log
+        draw("assets/compare.png",
+             *[("optimiser steps", ylabel, [(name, metric, updates(n), name) for name, n in each.items()])
+               for metric, ylabel in (("val_greedy", "accuracy, greedy"), ("val_acc", "accuracy, T = 1"))],
+             ("thousand tokens generated in training", "accuracy, T = 1", [(name, "val_acc", tokens, name) for name in each if name != "dpo"]))
+    if "dpo" in tables:
+        several = [("dpo", "default"), ("dpo_plain", "plain"), ("dpo_slow", "plain, a fifth of the rate")]
+        draw("assets/dpo.png", *[("DPO steps", ylabel, [(name, metric, step, label) for name, label in several])
+                                 for metric, ylabel in (("val_greedy", "accuracy, greedy"), ("val_acc", "accuracy, T = 1"),
+                                                        ("val_logp_w", "log π(chosen), nats"), ("val_margin", "margin β h of held-out pairs"))])
 
 
 def main():
@@ -233,8 +235,7 @@ def main():
         for key in of.get(name, [{}])[0]:
             values = [found[key] for found in of[name]]
             print(f"    {name:8} {key:36} {interval(values)}    {min(values):.3f} to {max(values):.3f}")
-    if set(args.tables) >= {"algorithms", "dpo"}:
-        figures(seeds)
+    figures(args.tables, seeds)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ GRPO with four changes, and with the KL and its reference model taken out: `diff
 
 What differs from the paper: the rule gives 1 and 0, not 1 and -1, so that a whole punishment is as large as being
 wrong, where there it is half of that. Sampling stops after `tries`, and what is missing is filled up with groups that
-were put aside; with --tries 1 there is no dynamic sampling. A reward model's scores hardly ever tie, so with
---reward FOLDER every group counts as informative. Filtering changes which prompts are learned from, so everything that
-is logged of the answers is over all that were sampled, kept or not.
+were put aside and have no advantage; with --tries 1 there is no dynamic sampling. A reward model's scores hardly ever
+tie, so with --reward FOLDER every group counts as informative, and the punishment is in units of its scores. Filtering
+changes which prompts are learned from, so reward, accuracy, length and end rate are logged of all that were sampled,
+kept or not; entropy, the clip and distinct-2 are of the batch that is learned from.
 
 Run:     python dapo.py                about a minute on two CPU cores; out/sft is made first if missing -> out/dapo
 Yours:   python dapo.py --init out/mine --data rows.jsonl --max_new 300 --overlong_cache 60
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, evaluate,
+from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate,
                    frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer, micro_batches,
                    prompt_ids, read_rows, set_lr, setup, split, sums, table, told, usable)
 
@@ -60,7 +61,7 @@ class Config:
     # objective
     clip_low: float = 0.2         # ε_low, how far the ratio may fall below 1 before its gradient is cut
     clip_high: float = 0.28       # ε_high, how far it may rise above 1
-    tries: int = 10               # times that groups which teach nothing are replaced in a rollout; 1: not at all
+    tries: int = 10               # at most so often are prompts sampled for one rollout; 1: no dynamic sampling
     overlong_cache: int = 6       # L_cache, the last tokens before max_new, each dearer than the one before; 0: free
     # optimisation
     steps: int = 50               # rollouts
@@ -233,17 +234,18 @@ def train(cfg):
             each = [row for row in batch for _ in range(cfg.group)]
             reward, gold = rewards(cfg, judge, each, tokens, host_mask, texts)                            # (B,)
             reward = reward + soft_overlong(host_mask.sum(1), cfg.max_new, cfg.overlong_cache)
-            stats.add(told(reward, gold, tokens, host_mask, texts, cfg.group), len(batch))
+            stats.add(told(reward, gold, host_mask, texts, cfg.group), len(batch))
             good = torch.ones(len(batch)) if judge else informative((gold > 0).float().view(-1, cfg.group).mean(1))
-            parts, keep = parts + [(tokens, mask, host_mask, sampled_logp, reward)], torch.cat([keep, good.bool()])
-        tokens, mask, host_mask, sampled_logp, reward = full(parts, keep, cfg.prompts, cfg.group)
+            keep, good = torch.cat([keep, good.bool()]), good.repeat_interleave(cfg.group)                # (B,)
+            parts.append((tokens, mask, host_mask, sampled_logp, reward, good))
+        tokens, mask, host_mask, sampled_logp, reward, good = full(parts, keep, cfg.prompts, cfg.group)
         if not once:
             old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
         used += len(keep)
         stats.add({"dead": 1 - keep.float().mean()})
 
-        # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group).to(device)
+        # 3. advantage: no critic, the group is the baseline; a group that only fills up has none, whatever its lengths
+        adv = (group_advantage(reward, cfg.group) * good).to(device)
         t1 = time.perf_counter()
 
         # 4. update: clipped passes over the same rollout
@@ -266,7 +268,8 @@ def train(cfg):
         t2 = time.perf_counter()
 
         # 5. log, evaluate, save
-        metrics |= {"tries": len(parts), "tokens": round(metrics["len"] * len(keep) * cfg.group)}
+        metrics |= {"tokens": round(metrics["len"] * len(keep) * cfg.group), "dist2": distinct(tokens, host_mask)}
+        metrics["tries"] = len(parts)
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, _ = validate(policy, tokenizer, val, cfg, judge)

@@ -28,6 +28,7 @@ Yours:   python dpo.py --data pairs.jsonl --init out/mine       {"prompt", "chos
                                                                 or {"prompt", "responses": [best, ..., worst]}
 Ablate:  --nll 0 --lr 2e-5     --beta 0.5     --smoothing 0.1
 """
+import hashlib
 import os
 import time
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 
 from model import (Folder, Guard, InputError, Mean, answer_number, batches, check, encode_answer, evaluate, frozen_logp,
                    half_interval, load, main, make_first, make_optimizer, micro_batches, pad_batch, prompt_ids,
-                   read_preferences, set_lr, setup, split, sums, table, usable)
+                   read_checkpoint, read_preferences, set_lr, setup, split, sums, table, usable)
 
 PAIRS = "out/reward/preferences.jsonl"                                    # where reward.py leaves what it collected
 
@@ -80,8 +81,9 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta, smoothing=0.0, n=None):
     margin = reward_w - reward_l                                                             # (P,)    β h
     per_pair = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
     loss = per_pair.sum() / (len(margin) if n is None else n)
-    stats = {"reward_w": reward_w, "reward_l": reward_l, "margin": margin, "pair_acc": (margin > 0).float(),
-             "logp_w": logp_w, "logp_l": logp_l}
+    ordered = (logp_w - ref_w > logp_l - ref_l).float()
+    stats = {"reward_w": reward_w, "reward_l": reward_l, "margin": margin, "pair_acc": ordered, "logp_w": logp_w,
+             "logp_l": logp_l}
     return loss, {name: x.detach().mean() for name, x in stats.items()}
 
 
@@ -147,7 +149,7 @@ def held_out(policy, tokenizer, asked, pairs, cfg, device, samples=1):
     if pairs:
         logp, ref = summed_logp(policy, pairs, cfg, device), torch.tensor([row["ref"] for row in pairs])
         loss, stats = dpo_loss(*logp.T, *ref.T, cfg.beta, cfg.smoothing)
-        right = (logp - ref)[:, 0] > (logp - ref)[:, 1]
+        right = (logp - ref)[:, 0] > (logp - ref)[:, 1]                   # of equal ones, as at the start, neither
         prompts = {row["prompt"]: i for i, row in enumerate(pairs)}
         group = torch.tensor([prompts[row["prompt"]] for row in pairs])
         stats |= {"±": half_interval(right.float(), group), "pair_loss": loss}
@@ -176,14 +178,14 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"dpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} pairs, "
           f"{len(val)} to validate, {len(test)} to report")
+    which = hashlib.sha256(repr([row["tokens"] for row in rows + val + test]).encode()).hexdigest()
+    if cfg.resume and read_checkpoint(cfg.out)["more"]["which"] != which:
+        raise InputError(f"{cfg.out}: this run began with other pairs than {cfg.data or PAIRS} has now")
     out = Folder(cfg, steps, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(policy, optimizer)
-    every = rows + val + test
-    ref = saved["ref"] if saved else summed_logp(policy, every, cfg, device)    # (P, 2)  it is the policy until step 1
-    if len(ref) != len(every):
-        raise InputError(f"--resume: {len(every)} pairs, and the run in {cfg.out} began with {len(ref)}")
-    for row, both in zip(every, ref.tolist()):
-        row["ref"] = both
+    ref = saved["ref"] if saved else [summed_logp(policy, part, cfg, device) for part in (rows, val, test)]   # (P, 2)
+    for row, both in zip(rows + val + test, torch.cat(ref).tolist()):
+        row["ref"] = both                                             # until step 1 the policy is its own reference
     before, texts_before = saved.get("before") or held_out(policy, tokenizer, asked_test, test, cfg, device, samples=8)
     if first == 0:
         found, _ = held_out(policy, tokenizer, asked, val, cfg, device)
@@ -221,7 +223,7 @@ def train(cfg):
         if why:
             out.stop(policy, optimizer, step, why)
         if last or step % cfg.eval_every == 0:
-            out.save(policy, optimizer, step, ref=ref, before=(before, texts_before))
+            out.save(policy, optimizer, step, ref=ref, which=which, before=(before, texts_before))
 
     after, texts = held_out(policy, tokenizer, asked_test, test, cfg, device, samples=8)
     print(f"\n{len(asked_test)} held-out prompts, {len(test)} pairs, before -> after\n{table(before, after)}")

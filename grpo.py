@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, evaluate,
+from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate,
                    frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer, micro_batches,
                    prompt_ids, read_rows, set_lr, setup, split, sums, table, told, usable)
 
@@ -214,7 +214,7 @@ def train(cfg):
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
         each = [row for row in batch for _ in range(cfg.group)]
         reward, gold = rewards(cfg, judge, each, tokens, host_mask, texts)                                # (B,)
-        stats.add(told(reward, gold, tokens, host_mask, texts, cfg.group))
+        stats.add(told(reward, gold, host_mask, texts, cfg.group))
 
         # 3. advantage: no critic, the group is the baseline
         adv = group_advantage(reward, cfg.group).to(device)
@@ -245,7 +245,8 @@ def train(cfg):
         t2 = time.perf_counter()
 
         # 5. log, evaluate, save
-        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "tokens": round(metrics["len"] * B)}
+        metrics |= {"tokens": round(metrics["len"] * B), "dist2": distinct(tokens, host_mask)}
+        metrics["kl_seq"] = metrics["kl"] * metrics["len"]
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, _ = validate(policy, tokenizer, val, cfg, judge, reference)

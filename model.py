@@ -784,16 +784,16 @@ def boxed(text):
 def batches(rows, size, seed, start=0):
     """Endless batches of `size` rows, each epoch shuffled by (seed, epoch) alone; a resumed run skips `start` of
     them."""
-    order, epoch = [], 0
+    def shuffled(epoch):
+        return torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+    epoch, i = divmod(start * size, len(rows))
+    order = shuffled(epoch)
     while True:
-        while len(order) < size:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order, epoch = order + torch.randperm(len(rows), generator=generator).tolist(), epoch + 1
-        batch, order = order[:size], order[size:]
-        if start > 0:
-            start -= 1
-        else:
-            yield [rows[i] for i in batch]
+        while len(order) < i + size:
+            order, epoch, i = order[i:] + shuffled(epoch + 1), epoch + 1, 0
+        yield [rows[k] for k in order[i:i + size]]
+        i += size
 
 
 def pad_batch(sequences, masks):
@@ -980,14 +980,14 @@ def distinct(tokens, mask, n=2):
     return len(grams.unique(dim=0)) / max(1, len(grams))
 
 
-def told(reward, gold, tokens, mask, texts, group=1):
-    """What the log says of the answers of a rollout: mean reward, mean length in tokens, distinct-2, share that ended,
-    share that the rule finds right, and share of prompts with a right answer. reward, gold (B,), mask on the CPU."""
-    stats = {"reward": reward.mean(), "len": mask.sum(1).mean(), "dist2": distinct(tokens, mask)}
-    stats["end"] = sum(text is not None for text in texts) / len(texts)
+def told(reward, gold, mask, texts, group=1):
+    """What the log says of the answers of a rollout: mean reward, mean length in tokens, share that ended, share that
+    the rule finds right and, of groups, share with a right answer. reward, gold (B,), mask (B, T) on the CPU."""
+    ended = sum(text is not None for text in texts) / len(texts)
+    stats = {"reward": reward.mean(), "len": mask.sum(1).mean(), "end": ended}
     if gold is not None:
         right = (gold > 0).float().view(-1, group)
-        stats |= {"gold": right.mean(), "solved": right.amax(1).mean()}
+        stats |= {"gold": right.mean()} | ({"solved": right.amax(1).mean()} if group > 1 else {})
     return stats
 
 
@@ -1089,7 +1089,8 @@ class Guard:
         for name, x in m.items():
             if not math.isfinite(x):
                 return f"{name} is {x}"
-        sick = {"kl": m.get("kl_seq", 0) > self.max_kl, "end": m.get("end", 1) < .05, "barren": m.get("solved", 1) == 0}
+        sick = {"kl": m.get("kl_seq", 0) > self.max_kl, "end": m.get("end", 1) < .05,
+                "barren": m.get("solved", 1) == 0 and m.get("dead", 1) == 1}        # a reward model may tell them apart
         for name, bad in sick.items():
             self.count[name] = self.count.get(name, 0) + 1 if bad else 0
         if self.count["kl"] >= self.limit["kl"]:
@@ -1105,7 +1106,7 @@ class Guard:
             self.best = max(self.best, (acc, m["val_score"]))
             if self.hacked == 2:
                 return (f"the reward model's score rose from {its_score:.2f} to {m['val_score']:.2f} while held-out "
-                        f"accuracy fell from {best:.3f} to {acc:.3f}: it is being deceived, a larger --kl_beta holds")
+                        f"accuracy fell from {best:.3f} to {acc:.3f}: it is being deceived")
 
 
 class Folder:

@@ -45,7 +45,7 @@ from dataclasses import dataclass
 import torch
 
 from model import (Folder, Guard, InputError, Mean, Optimizers, ScalarModel, answer_number, answers, batches, check,
-                   evaluate, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
+                   distinct, evaluate, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
                    micro_batches, prompt_ids, read_rows, set_lr, setup, split, sums, table, told, usable)
 
 
@@ -267,7 +267,7 @@ def train(cfg):
         # 2. reward: the rule or the reward model reads the answer, if it ended; each token pays for its KL
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
         reward, gold = rewards(cfg, judge, batch, tokens, host_mask, texts)                               # (B,)
-        stats.add(told(reward, gold, tokens, host_mask, texts))
+        stats.add(told(reward, gold, host_mask, texts))
         per_token = token_reward(reward.to(device) / unit, old_logp, ref_logp, mask, cfg.kl_beta)         # (B, T)
 
         # 3. advantage: the critic is the baseline
@@ -300,7 +300,8 @@ def train(cfg):
         t2 = time.perf_counter()
 
         # 5. log, evaluate, save
-        metrics |= {"kl_seq": metrics["kl"] * metrics["len"], "tokens": round(metrics["len"] * B)}
+        metrics |= {"tokens": round(metrics["len"] * B), "dist2": distinct(tokens, host_mask)}
+        metrics["kl_seq"] = metrics["kl"] * metrics["len"]
         last = step == cfg.steps
         if last or step % cfg.eval_every == 0:
             found, _ = validate(policy, tokenizer, val, cfg, judge, reference)

@@ -134,7 +134,7 @@ def careful(model, tokenizer, rows):
     tokens, mask, _ = model.generate([r["ids"] for r in rows], 4, 24, generator=generator)
     texts = answers(tokenizer, tokens, mask, model.cfg.stop)
     shown = [(rows[i // 4], t) for i, t in enumerate(texts) if t and "," in t]
-    right = sum(score(row, t) for row, t in shown) / len(shown)
+    right = sum(score(row, t) for row, t in shown) / max(1, len(shown))
     starts = [tokenizer.encode_single_token(d) for d in "01"]             # the first total is 02 to 18
     last = torch.tensor([len(r["ids"]) - 1 for r in rows])
     T = int(last.max()) + 1

@@ -1,7 +1,7 @@
 """
 The relatives of GRPO and DPO, each as what differs: functions of a few lines that take the place of those in grpo.py and dpo.py.
 
-    python tests/relatives.py rloo --out out/rloo              the flags are grpo.py's; ipo takes dpo.py's
+    python tests/relatives.py rloo              -> out/rloo; the flags are grpo.py's, and ipo takes dpo.py's
 
 From REINFORCE to GSPO on one skeleton: the same groups, the same minibatches, the same optimiser. compare.py puts them in a table.
 """
@@ -54,7 +54,7 @@ def policy_gradient_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta,
 
 
 def drgrpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
-    """Dr. GRPO: every token of every answer divided by one constant, the longest length, and no price."""
+    """Dr. GRPO: every token of every answer divided by one constant, the default --max_new, and no price."""
     return grpo_loss(logp, old_logp, ref_logp, adv * mask.sum(1) / LONGEST, mask, clip_eps, 0.0, n)
 
 
@@ -87,7 +87,11 @@ RELATIVES = {
 if __name__ == "__main__":
     if sys.argv[1:2] == [] or sys.argv[1] not in RELATIVES:
         sys.exit(f"relatives.py: the first argument is one of {', '.join(RELATIVES)}")
-    script, swapped = RELATIVES[sys.argv.pop(1)]
+    relative = sys.argv.pop(1)
+    script, swapped = RELATIVES[relative]
     for name, function in swapped.items():
         setattr(script, name, function)
+    script.__doc__ = f"{relative}: a relative of {script.__doc__.strip()}"                   # and its runs are not mistaken for the script's
+    for flag, value in [("--out", f"out/{relative}")] + [("--nll", "0")] * (relative == "ipo"):
+        sys.argv += [] if flag in sys.argv else [flag, value]
     main(script.train, script.Config)

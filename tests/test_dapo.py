@@ -175,8 +175,8 @@ def test_dynamic_sampling_fills_the_batch_with_informative_groups_of_the_current
     write(tmp_path, "ehm")
     rows = run(tmp_path, "out", monkeypatch, overlong_cache=11, tries=50)
     assert len(spied) == 4 and any(row["tries"] > 2 for row in rows)
-    for row, ((parts, keep, prompts, group), (tokens, mask, _, logp, reward)) in zip(rows, spied):
-        assert (prompts, group, tokens.size(0)) == (6, 4, 24) and keep.sum() == 6
+    for row, ((parts, keep, prompts, group), (tokens, mask, _, logp, reward, good)) in zip(rows, spied):
+        assert (prompts, group, tokens.size(0)) == (6, 4, 24) and keep.sum() == 6 and good.all()
         assert (tokens[:, 0] == ord("m")).all()                                              # one kind alone has both right and wrong answers
         said = torch.cat([part[0][:, 0] for part in parts]).view(-1, 4)[:, 0]                # what the prompts begin with
         assert set(map(chr, said.tolist())) == set("ehm") and len(said) == len(keep)
@@ -206,6 +206,7 @@ def test_sampling_stops_at_the_bound_and_goes_on_with_what_there_is(tmp_path, mo
     for row, ((parts, keep, *_), (tokens, *_)) in zip(rows, spied):
         assert row["tries"] == len(parts) == 3 and len(keep) == 18 and not keep.any() and len(tokens) == 24
         assert row["dead"] == 1 and row["gold"] == row["solved"] == 0 and row["gnorm"] == 0
+    assert run(tmp_path, "long", monkeypatch, tries=3, overlong_cache=11)[-1]["gnorm"] == 0      # length alone teaches nothing
     write(tmp_path, "hm")
     spied.clear()
     rows = run(tmp_path, "once", monkeypatch, tries=1)
@@ -231,3 +232,15 @@ def test_without_its_four_changes_it_trains_as_token_mean_grpo_without_a_price(t
         torch.testing.assert_close(p, r, rtol=0, atol=1e-4)               # in pieces, with the denominator of the whole optimiser batch
     assert run(tmp_path, "clip", monkeypatch, tries=1, overlong_cache=0, **whole)[-1] != ours[-1]      # and each change changes something
     assert run(tmp_path, "length", monkeypatch, clip_high=0.2, tries=1, overlong_cache=6, **whole)[-1] != ours[-1]
+
+
+def test_with_one_update_a_rollout_clip_higher_changes_nothing(tmp_path, monkeypatch):
+    """The ratio is 1 until the first optimiser step, so that no clip, however wide, has anything to cut; with two it has."""
+    write(tmp_path, "m")
+    last = {}
+    for minibatch in (24, 12):
+        for high in (0.2, 5.0):
+            rows = run(tmp_path, f"{minibatch}_{high}", monkeypatch, minibatch=minibatch, clip_high=high, epochs=1, plain=True)
+            last[minibatch, high] = load(str(tmp_path / f"{minibatch}_{high}"))[0].embedding.weight
+            assert any(row["clip_high"] > 0 for row in rows) == (minibatch == 12 and high == 0.2)
+    assert torch.equal(last[24, 0.2], last[24, 5.0]) and not torch.equal(last[12, 0.2], last[12, 5.0])

@@ -1,4 +1,5 @@
 """DPO's loss against closed forms, enumeration and finite differences.   python -m pytest tests/test_dpo.py"""
+import gc
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import relatives
 import sft
 from conftest import gradients, naive_logp, tiny
 from dpo import dpo_loss, stacked, summed_logp
-from model import InputError, Optimizers, encode_answer, load, make_tokenizer, micro_batches, save
+from model import GPT, InputError, Optimizers, encode_answer, load, make_tokenizer, micro_batches, save
 
 DEVICE = torch.device("cpu")
 
@@ -213,9 +214,17 @@ def run(own, out, **more):
 def test_reference_log_probs_made_once_are_those_made_on_the_fly(own, monkeypatch):
     """A policy that never moves stays its own reference: in every batch of two shuffled epochs its log-probs are the stored ones, pair for
     pair; and no second model is kept."""
-    seen, inner = [], dpo.dpo_loss
-    monkeypatch.setattr(dpo, "dpo_loss", lambda w, l, rw, rl, *a: seen.append((w, l, rw, rl)) or inner(w, l, rw, rl, *a))
+    seen, models, inner = [], [], dpo.dpo_loss
+    alive = lambda: sum(isinstance(x, GPT) for x in gc.get_objects())
+    before = alive()
+
+    def spy(w, l, rw, rl, *a):
+        seen.append((w, l, rw, rl)), models.append(alive() - before)
+        return inner(w, l, rw, rl, *a)
+
+    monkeypatch.setattr(dpo, "dpo_loss", spy)
     rows = run(own, "still", lr=0.0, epochs=2, batch=16, nll=0.0)
+    assert set(models) == {1} and rows[0]["val_pair_acc"] == rows[0]["val_margin"] == 0      # the start, to the last bit
     for w, l, rw, rl in seen:
         torch.testing.assert_close(w, rw, rtol=0, atol=1e-4), torch.testing.assert_close(l, rl, rtol=0, atol=1e-4)
     assert torch.cat([rw for _, _, rw, _ in seen]).std() > 1 and (torch.cat([rw - rl for _, _, rw, rl in seen]).abs() > 1).any()
@@ -252,10 +261,13 @@ def test_a_resumed_run_keeps_its_reference_and_refuses_other_pairs(own, tmp_path
     save(str(copy / "init"), model, tokenizer)
     again = run(copy, "cut", batch=20, eval_every=2, epochs=2, resume=True)
     assert [row["loss"] for row in again[1:len(whole)]] == [row["loss"] for row in whole[1:]] and len(again) > len(whole)
-    assert torch.equal(torch.load(copy / "cut/ckpt.pt", weights_only=True)["more"]["ref"], state["more"]["ref"])
+    kept = torch.load(copy / "cut/ckpt.pt", weights_only=True)["more"]["ref"]
+    assert all(map(torch.equal, kept, state["more"]["ref"]))
     (copy / "pairs.jsonl").write_text((copy / "pairs.jsonl").read_text() + '{"prompt": "new", "chosen": "a", "rejected": "b"}\n')
-    with pytest.raises(InputError, match="121 pairs, and the run in .* began with 120"):
+    files = {f: (copy / "cut" / f).read_bytes() for f in ("config.json", "metrics.jsonl", "ckpt.pt")}
+    with pytest.raises(InputError, match="began with other pairs than .*pairs.jsonl has now"):
         run(copy, "cut", batch=20, eval_every=2, epochs=3, resume=True)
+    assert files == {f: (copy / "cut" / f).read_bytes() for f in files}  # and nothing is lost by the refusal
 
 
 def test_no_prompt_is_in_two_parts_and_pairs_that_do_not_fit_are_dropped(own, capsys):

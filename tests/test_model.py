@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as M
 from conftest import PROMPTS, naive_logp, tiny
-from model import GPTConfig, InputError, ScalarModel, linear_logp, load, make_optimizer, make_tokenizer, micro_batches, save, set_lr
+from model import GPTConfig, InputError, ScalarModel, batches, linear_logp, load, make_optimizer, make_tokenizer, micro_batches, save, set_lr
 
 # ------------------------------------------------------------------------------------------------------------------ fused log-prob
 
@@ -287,6 +287,14 @@ def test_a_score_is_the_value_of_the_longer_prefix_whatever_the_padding(family):
 
 
 # ------------------------------------------------------------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("n, size", [(10, 3), (10, 10), (3, 7), (5, 1)])
+def test_batches_are_one_stream_of_shuffled_epochs_from_any_start(n, size):
+    stream = [i for epoch in range(60) for i in torch.randperm(n, generator=torch.Generator().manual_seed(2 * 1_000_003 + epoch)).tolist()]
+    for start in (0, 1, 4, 11):
+        for k, batch in zip(range(start, start + 9), batches(list(range(n)), size, 2, start)):
+            assert batch == stream[k * size:(k + 1) * size]
 
 
 def test_micro_batches_cover_every_row_once_within_the_budget():

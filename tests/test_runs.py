@@ -82,7 +82,7 @@ def test_one_command_collects_comparisons_then_trains_dpo(home):
 
 
 def test_dapo_learns_and_counts_what_it_samples(home):
-    """Twenty rollouts, with room: greedy .9; no group of a full batch is dead, and more is sampled than what is learned from."""
+    """Twenty rollouts, with room: greedy .9; more is sampled than what is learned from, and it is counted."""
     log = (home / "dapo.py").read_text()
     (_, g1), (a0, a1), (n0, n1) = (final(log, name) for name in ("greedy", "acc", "length"))
     assert g1 > .9 and a1 > a0 + .2 and n1 > n0 + 2
@@ -243,6 +243,9 @@ def test_own_preferences_end_to_end(small, adder, judge, tmp_path):
     done = script("ppo.py", *PPO, *SHORT, "--init", adder / "out/sft", "--reward", judge, "--data", "prompts.jsonl", "--out", "ppo", cwd=tmp_path)
     assert done.returncode == 0 and "greedy" not in done.stdout and "score" in done.stdout, done.stderr
     assert all("gold" not in row and "val_acc" not in row for row in metrics(tmp_path / "ppo"))
+    done = script("dapo.py", *QUICK, *SHORT, "--init", adder / "out/sft", "--reward", judge, "--data", "prompts.jsonl", "--out", "dapo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(row["dead"] == 0 and row["tries"] == 1 and "gold" not in row for row in metrics(tmp_path / "dapo")[1:])
 
 
 def test_no_prompt_is_in_two_parts_of_the_preferences(home):
@@ -461,6 +464,7 @@ def test_a_run_that_goes_wrong_is_stopped_and_the_good_checkpoint_stays(home, tm
     ([{"val_acc": .7, "val_score": 1.0}] + [{"val_acc": .5, "val_score": 2.0}, {"val_acc": .7, "val_score": 2.0}] * 4, None),
     ([{"kl_seq": 11.0}] * 4 + [{"kl_seq": 9.0}] + [{"kl_seq": 11.0}] * 4, None),
     ([{"solved": 0.0}] * 49 + [{"solved": 0.1}] + [{"solved": 0.0}] * 49, None),
+    ([{"solved": 0.0, "dead": 0.9}] * 100, None),                        # nothing right, but a reward model or a cut answer makes a difference
     ([{"loss": 1.0, "kl_seq": 1.0, "end": 1.0, "solved": 0.5}] * 100, None),
 ])
 def test_each_rule_of_the_guard(stream, rule):

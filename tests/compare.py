@@ -47,7 +47,7 @@ RUNS = {                                                                  # name
     "baseline_fresh": f"tests/relatives.py baseline {FRESH}",
     "rloo_fresh": f"tests/relatives.py rloo {FRESH}",
     "drgrpo_fresh": f"tests/relatives.py drgrpo {FRESH}",
-    "grpo_fresh": f"grpo.py {FRESH}",
+    "free_fresh": f"grpo.py --kl_beta 0 {FRESH}",
     "grpo_free": "grpo.py --kl_beta 0",
     "token_mean": f"dapo.py {BARE}",
     "clip_higher": "dapo.py --tries 1 --overlong_cache 0",
@@ -63,11 +63,11 @@ TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
     "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
-    "chain": ["reinforce", "baseline", "rloo", "grpo", "drgrpo", "gspo"],
-    "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "grpo_fresh", "drgrpo_fresh"],
+    "chain": ["reinforce", "baseline", "rloo", "drgrpo", "grpo_free", "gspo", "grpo"],
+    "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "drgrpo_fresh", "free_fresh"],
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs", "constant", "token_mean", "wide", "dapo"],
 }
-MODELS = {"sft": 1, "dpo": 1, "ppo": 4, "ppo_rule": 3, "grpo": 2, "dapo": 1}     # in memory: policy, reference, critic, reward model
+MODELS = {"sft": (1, 1), "dpo": (1, 1), "ppo": (4, 2), "ppo_rule": (3, 2), "grpo": (2, 1), "dapo": (1, 1)}      # in memory, and of them trained
 
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}     # Student's t, two-sided 95%, by number of seeds
 
@@ -121,6 +121,9 @@ def measure(name, seed):
         found["length_wrong"] = found.pop("wrong_tokens") / max(found.pop("wrong"), 1e-9)
         rows = log(name, seed)
         found |= careful(model, tokenizer, test) | {"ktokens": sum(row.get("tokens", 0) for row in rows) / 1000, "mem_gb": rows[-1]["mem_gb"]}
+        if "reward_{seed}" in RUNS[name]:                                 # the answers that were compared were generated too
+            with open(f"{folder('sft', seed)}/result.json") as f:
+                found["ktokens"] += reward.Config.prompts * reward.Config.answers * json.load(f)["length"] / 1000
     with open(f"{out}/seconds.json") as f:
         found |= json.load(f)
     with open(f"{out}/result.json", "w") as f:
@@ -231,6 +234,9 @@ def main():
         print(f"    {'':16}" + "".join(f"{column:>17}" for column in columns))
         for name in TABLES[table]:
             print(f"    {name:16}" + "".join(f"{interval([found[column] for found in of[name]]):>17}" for column in columns))
+        for name in TABLES[table] if table == "algorithms" else []:       # a trained one has gradients and two moments besides
+            models, trained = MODELS[name]
+            print(f"    {name:16} {models} models in memory, {trained} trained: {models + 3 * trained} times the size of the weights")
     for name in ("sft", "reward", "grpo"):
         for key in of.get(name, [{}])[0]:
             values = [found[key] for found in of[name]]

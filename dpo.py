@@ -13,12 +13,12 @@ The policy is its own reward model: fit it to comparisons, without a reward mode
 
     gradient    ∇L(θ) = - E β σ(-β h) [∇ log π_θ(y_w|x) - ∇ log π_θ(y_l|x)]:  pairs in the wrong order pull hardest
 
-    paper   π_θ     log π_θ(y|x), a sum over tokens   log π_ref     β     y_w, y_l          β log π_θ/π_ref
-    here    policy  logp_w, logp_l (P,)               ref_w, ref_l  beta  chosen, rejected  reward_w, reward_l
+    paper   π_θ     log π_θ(y|x), a sum over tokens   log π_ref(y|x)   β     y_w, y_l          β log π_θ/π_ref
+    here    policy  logp_w, logp_l (P,)               ref_w, ref_l     beta  chosen, rejected  reward_w, reward_l
 
 h sees a difference alone, so both log-probs may fall, and what they lose goes to answers that nobody compared; watch
 logp_w. Beyond its best step plain DPO (--nll 0) falls in this way here too; the README shows the curve. The default
-adds `nll` times SFT's loss on the chosen answers (as in arXiv 2404.19733, Eq. 2, there a mean per answer), which holds
+adds `nll` times SFT's loss on the chosen answers (as in arXiv 2404.19733, there a mean per answer), which holds
 them up. Label smoothing ε is cDPO: if a share ε of the labels is wrong, the optimum is no longer infinite but σ(β h) =
 1 - ε. The reference is the policy before its first step: its log-probs are computed then, once for all pairs, and no
 second model is ever in memory.

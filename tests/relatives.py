@@ -33,7 +33,7 @@ def leave_one_out_of_all(reward, group):
 
 
 def leave_one_out(reward, group):
-    """RLOO (arXiv 2402.14740, Eq. 8): the mean reward of the other answers to the same prompt; G/(G-1) (r - mean)."""
+    """RLOO (arXiv 2402.14740): the mean reward of the other answers to the same prompt; G/(G-1) (r - mean)."""
     r = reward.view(-1, group)
     return (r - (r.sum(1, keepdim=True) - r) / (group - 1)).flatten()
 

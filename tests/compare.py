@@ -231,9 +231,10 @@ def main():
     for table in args.tables:
         print(f"\n{table}: {args.seeds} seeds, 1,000 test prompts, mean ± half of the 95% interval over seeds")
         columns = ["greedy", "acc", "pass@8", "kl", "length", "length_wrong", "end", "ktokens", "seconds", "mem_gb"]
-        print(f"    {'':16}" + "".join(f"{column:>17}" for column in columns))
-        for name in TABLES[table]:
-            print(f"    {name:16}" + "".join(f"{interval([found[column] for found in of[name]]):>17}" for column in columns))
+        print(f"    {'':16}" + "".join(f"{column:>18}" for column in columns) + "   acc, change from the row above, by seed")
+        for above, name in zip([None, *TABLES[table]], TABLES[table]):
+            change = interval([b["acc"] - a["acc"] for a, b in zip(of[above], of[name])]) if above else ""
+            print(f"    {name:16}" + "".join(f"{interval([found[column] for found in of[name]]):>18}" for column in columns) + f"   {change}")
         for name in TABLES[table] if table == "algorithms" else []:       # a trained one has gradients and two moments besides
             models, trained = MODELS[name]
             print(f"    {name:16} {models} models in memory, {trained} trained: {models + 3 * trained} times the size of the weights")

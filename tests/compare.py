@@ -1,7 +1,7 @@
 """
 The README's tables and figures: every algorithm and its relatives from the same SFT checkpoints over several seeds, on the 1,000 test prompts.
 
-    python tests/compare.py             five seeds, some two hours on two CPU cores -> out/compare, assets/
+    python tests/compare.py             five seeds, three hours or so on two CPU cores -> out/compare, assets/
     python tests/compare.py --seeds 1 --tables algorithms
 
 Runs that are already in out/compare are not done again; --jobs 2 does two at a time on one thread each. Settings were chosen on the

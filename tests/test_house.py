@@ -1,5 +1,7 @@
 """The repository holds to its own rules.   python -m pytest tests/test_house.py"""
 import ast
+import dataclasses
+import importlib
 import os
 import re
 import shlex
@@ -33,6 +35,15 @@ def test_same_flag_means_same_type():
         for name, kind in re.findall(r"^    (\w+): (\w+) = .*#", source(f), re.M):
             first, k = seen.setdefault(name, (f, kind))
             assert kind == k, f"--{name} is {k} in {first} and {kind} in {f}"
+
+
+def test_dapo_differs_from_grpo_in_its_own_settings_alone():
+    """As many updates a rollout among them, and more than one, or clip-higher could not act."""
+    grpo, dapo = ({f.name: f.default for f in dataclasses.fields(importlib.import_module(name).Config)} for name in ("grpo", "dapo"))
+    assert {name for name in grpo if name in dapo and grpo[name] != dapo[name]} == {"out"}
+    assert grpo.keys() - dapo.keys() == {"clip_eps", "kl_beta", "ref_every", "ref_mix", "max_kl"}
+    assert dapo.keys() - grpo.keys() == {"clip_low", "clip_high", "tries", "overlong_cache"}
+    assert dapo["epochs"] * dapo["prompts"] * dapo["group"] // dapo["minibatch"] > 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

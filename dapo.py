@@ -37,9 +37,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, evaluate,
-                   frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer, micro_batches,
-                   prompt_ids, read_rows, set_lr, setup, split, sums, table, told, usable)
+from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, encoded,
+                   evaluate, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
+                   micro_batches, read_rows, set_lr, setup, split, sums, table, told, usable)
 
 
 @dataclass
@@ -146,9 +146,7 @@ def prompts(cfg, tokenizer, context, rule=True):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
         if rule:
             rows = usable(rows, lambda row: score(row, "") is not None, 'no number in "answer"')
-        rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
-        fits = lambda row: len(row["ids"]) + cfg.max_new <= context
-        return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens")
+        return encoded(rows, tokenizer, cfg.max_new, context)
 
     if cfg.data:
         needed = ("prompt", "answer") if rule else ("prompt",)
@@ -209,8 +207,8 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"dapo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, cfg.steps, tokenizer, Guard(val=len(val)) if cfg.guard else None)
-    first, saved = out.begin(policy, optimizer)
+    out = Folder(cfg.out, cfg, cfg.steps, tokenizer, Guard(val=len(val)) if cfg.guard else None)
+    first, saved = out.begin(policy, optimizer, cfg.resume)
     before, texts_before = saved.get("before") or validate(policy, tokenizer, test, cfg, judge, samples=8)
     if first == 0:
         found, _ = validate(policy, tokenizer, val, cfg, judge)

@@ -36,8 +36,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import (Folder, Guard, InputError, Mean, answer_number, batches, check, encode_answer, evaluate, frozen_logp,
-                   half_interval, load, main, make_first, make_optimizer, micro_batches, pad_batch, prompt_ids,
+from model import (Folder, Guard, InputError, Mean, answer_number, batches, check, encode_answer, encoded, evaluate,
+                   frozen_logp, half_interval, load, main, make_first, make_optimizer, micro_batches, pad_batch,
                    read_checkpoint, read_preferences, set_lr, setup, split, sums, table, usable)
 
 PAIRS = "out/reward/preferences.jsonl"                                    # where reward.py leaves what it collected
@@ -118,9 +118,7 @@ def questions(pairs, which, cfg, tokenizer, context):
     builtin = any("two_digits" in row for row in pairs)
     size = {"val": 500, "test": 1_000}[which]
     rows = sums(size, which) if builtin else {row["prompt"]: row for row in pairs}.values()
-    rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
-    fits = lambda row: len(row["ids"]) + cfg.max_new <= context
-    return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens", need=False)
+    return encoded(rows, tokenizer, cfg.max_new, context, need=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
@@ -171,8 +169,8 @@ def train(cfg):
             make_first("out/reward", "reward.py", "out/reward", cfg.seed, "--collect_only")
     policy, tokenizer = load(cfg.init, device, "GPT")
     rows, val, test = comparisons(cfg, tokenizer, policy.cfg.context)
-    asked, asked_test = (questions(pairs, which, cfg, tokenizer, policy.cfg.context)
-                         for pairs, which in ((val, "val"), (test, "test")))
+    asked = questions(val, "val", cfg, tokenizer, policy.cfg.context)
+    asked_test = questions(test, "test", cfg, tokenizer, policy.cfg.context)
     batch = min(cfg.batch, len(rows))
     steps = cfg.epochs * len(rows) // batch
     optimizer = make_optimizer(policy, cfg.lr)
@@ -181,8 +179,8 @@ def train(cfg):
     which = hashlib.sha256(repr([row["tokens"] for row in rows + val + test]).encode()).hexdigest()
     if cfg.resume and read_checkpoint(cfg.out)["more"]["which"] != which:
         raise InputError(f"{cfg.out}: this run began with other pairs than {cfg.data or PAIRS} has now")
-    out = Folder(cfg, steps, tokenizer, Guard() if cfg.guard else None)
-    first, saved = out.begin(policy, optimizer)
+    out = Folder(cfg.out, cfg, steps, tokenizer, Guard() if cfg.guard else None)
+    first, saved = out.begin(policy, optimizer, cfg.resume)
     ref = saved["ref"] if saved else [summed_logp(policy, part, cfg, device) for part in (rows, val, test)]   # (P, 2)
     for row, both in zip(rows + val + test, torch.cat(ref).tolist()):
         row["ref"] = both                                             # until step 1 the policy is its own reference

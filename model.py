@@ -715,6 +715,13 @@ def usable(rows, good, why, need=True):
     return kept
 
 
+def encoded(rows, tokenizer, max_new, context, need=True):
+    """Rows with their prompt's "ids", of those that leave room for an answer of max_new tokens."""
+    rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
+    fits = lambda row: len(row["ids"]) + max_new <= context
+    return usable(rows, fits, f"prompt + --max_new {max_new} exceed the context of {context} tokens", need)
+
+
 def split(rows, test=None):
     """Train, val and test rows by the hash of the prompt; or val by it, the given test rows, and the others to
     train."""
@@ -1113,21 +1120,21 @@ class Folder:
     """What a run leaves behind: config.json, metrics.jsonl, ckpt.pt, samples.txt, curves.png. Nothing is written before
     `begin`."""
 
-    def __init__(self, cfg, steps, tokenizer, guard):
-        self.cfg, self.out, self.steps, self.tokenizer, self.guard = cfg, cfg.out, steps, tokenizer, guard
+    def __init__(self, out, cfg, steps, tokenizer, guard):
+        self.out, self.cfg, self.steps, self.tokenizer, self.guard = out, cfg, steps, tokenizer, guard
         self.rows, self.clock = [], None
 
     def path(self, name):
         return os.path.join(self.out, name)
 
-    def begin(self, model, optimizer):
+    def begin(self, model, optimizer, resume):
         """Open the folder. Returns the step to go on from and what `save` was given besides, {} for a new run.
 
         A resumed run gets its weights, moments and random state back as they were, and metrics.jsonl loses the steps
         after the checkpoint, which are done again. A new run finds its folder empty: an earlier one is renamed.
         """
-        state = read_checkpoint(self.out) if self.cfg.resume else {"step": 0, "more": {}}
-        if self.cfg.resume:
+        state = read_checkpoint(self.out) if resume else {"step": 0, "more": {}}
+        if resume:
             where = f"{self.out}: its checkpoint has another shape than the flags say"
             load_weights(model, state["model"], where, "they ask for")
             optimizer.load_state_dict(state["optimizer"])
@@ -1135,13 +1142,13 @@ class Folder:
             if torch.cuda.is_available() and "rng_cuda" in state:
                 torch.cuda.set_rng_state(state["rng_cuda"])
         try:
-            self.open(state["step"])
+            self.open(state["step"], resume)
         except OSError as e:
             raise InputError(f"{self.out}: cannot write here ({e.strerror})") from None
         return state["step"], state["more"]
 
-    def open(self, step):
-        if self.cfg.resume:
+    def open(self, step, resume):
+        if resume:
             if os.path.exists(self.path("metrics.jsonl")):
                 with open(self.path("metrics.jsonl"), encoding="utf-8") as f:
                     self.rows = [json.loads(line) for line in f if line.endswith("\n")]     # a torn line goes

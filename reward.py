@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check, encode_answer,
-                   frozen_scalars, half_interval, load, main, make_first, make_optimizer, micro_batches, ordered,
-                   pad_batch, prompt_ids, read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
+                   encoded, frozen_scalars, half_interval, load, main, make_first, make_optimizer, micro_batches,
+                   ordered, pad_batch, read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -158,9 +158,7 @@ def prompts(cfg, tokenizer, context, rule=True):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
         if rule:
             rows = usable(rows, lambda row: score(row, "") is not None, 'no number in "answer"')
-        rows = [row | {"ids": prompt_ids(tokenizer, row)} for row in rows]
-        fits = lambda row: len(row["ids"]) + cfg.max_new <= context
-        return usable(rows, fits, f"prompt + --max_new {cfg.max_new} exceed the context of {context} tokens")
+        return encoded(rows, tokenizer, cfg.max_new, context)
 
     if cfg.data:
         needed = ("prompt", "answer") if rule else ("prompt",)
@@ -284,8 +282,8 @@ def train(cfg):
         demos = [[row[name][0] for row in rows[:500]] for name in ("tokens", "mask")]    # the answers that people chose
     print(f"reward: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(parts[0]):,} pairs on {len(rows):,} prompts, {len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, steps, tokenizer, Guard() if cfg.guard else None)
-    first, saved = out.begin(model, optimizer)
+    out = Folder(cfg.out, cfg, steps, tokenizer, Guard() if cfg.guard else None)
+    first, saved = out.begin(model, optimizer, cfg.resume)
     if collected and not cfg.resume:
         out.write_rows("preferences.jsonl", collected)
         print(f"{len(collected):,} pairs are in {out.path('preferences.jsonl')}")

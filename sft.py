@@ -181,8 +181,8 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
-    out = Folder(cfg, cfg.steps, tokenizer, Guard() if cfg.guard else None)
-    first, saved = out.begin(model, optimizer)
+    out = Folder(cfg.out, cfg, cfg.steps, tokenizer, Guard() if cfg.guard else None)
+    first, saved = out.begin(model, optimizer, cfg.resume)
     own = lambda row: {name: row[name] for name in ("prompt", "response", "messages") if name in row}
     out.write_rows("demonstrations.jsonl", map(own, (val or rows)[:500]))
     before = saved.get("before") or report(model, tokenizer, test, cfg, device, samples=8 if cfg.init else 0)[0]

@@ -36,7 +36,7 @@ RUNS = {                                                                  # name
     "dapo": "dapo.py",
     "dpo_plain": f"dpo.py --nll 0 {FROM_PAIRS}",
     "dpo_slow": f"dpo.py --nll 0 --lr 2e-5 {FROM_PAIRS}",
-    "ipo": f"tests/relatives.py ipo --nll 0 --lr 2e-5 {FROM_PAIRS}",
+    "ipo": f"tests/relatives.py ipo --lr 2e-5 {FROM_PAIRS}",
     "chosen": f"dpo.py --beta 0 {FROM_PAIRS}",                            # what is left is SFT on the chosen answers
     "reinforce": "tests/relatives.py reinforce --guard false",
     "baseline": "tests/relatives.py baseline --guard false",
@@ -81,6 +81,11 @@ def log(name, seed):
         return [json.loads(line) for line in f]
 
 
+def ktokens(rows):
+    """Thousands of answer tokens that were sampled up to the last of these lines of a log."""
+    return sum(row.get("tokens", 0) for row in rows) / 1000
+
+
 def train(script, out, *more, **env):
     """Run a script into `out` unless it has already finished there; the seconds that it took are kept beside the run."""
     if not os.path.exists(f"{out}/seconds.json"):
@@ -123,7 +128,7 @@ def measure(name, seed):
         found |= {"greedy, sums in fives": right[round_sum].mean().item(), "greedy, other sums": right[~round_sum].mean().item()}
         found["length_wrong"] = found.pop("wrong_tokens") / max(found.pop("wrong"), 1e-9)
         rows = log(name, seed)
-        found |= careful(model, tokenizer, test) | {"ktokens": sum(row.get("tokens", 0) for row in rows) / 1000, "mem_gb": rows[-1]["mem_gb"]}
+        found |= careful(model, tokenizer, test) | {"ktokens": ktokens(rows), "mem_gb": rows[-1]["mem_gb"]}
         if "reward_{seed}" in RUNS[name]:                                 # the answers that were compared were generated too
             with open(f"{folder('sft', seed)}/result.json") as f:
                 found["ktokens"] += reward.Config.prompts * reward.Config.answers * json.load(f)["length"] / 1000
@@ -186,7 +191,6 @@ def figures(tables, seeds):
     os.makedirs("assets", exist_ok=True)
     step = lambda rows: rows[-1]["step"]
     updates = lambda each: lambda rows: step(rows) * each
-    tokens = lambda rows: sum(row.get("tokens", 0) for row in rows) / 1000
 
     def draw(path, *panels):
         figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained")
@@ -205,7 +209,7 @@ def figures(tables, seeds):
         draw("assets/compare.png",
              *[("optimiser steps", ylabel, [(name, metric, updates(n), name) for name, n in each.items()])
                for metric, ylabel in (("val_greedy", "accuracy, greedy"), ("val_acc", "accuracy, T = 1"))],
-             ("thousand tokens generated in training", "accuracy, T = 1", [(name, "val_acc", tokens, name) for name in each if name != "dpo"]))
+             ("thousand tokens generated in training", "accuracy, T = 1", [(name, "val_acc", ktokens, name) for name in each if name != "dpo"]))
     if "dpo" in tables:
         several = [("dpo", "default"), ("dpo_plain", "plain"), ("dpo_slow", "plain, a fifth of the rate")]
         draw("assets/dpo.png", *[("DPO steps", ylabel, [(name, metric, step, label) for name, label in several])
@@ -223,14 +227,12 @@ def main():
     if args.measure:
         return measure(args.measure[0], int(args.measure[1]))
     seeds, threads = range(args.seeds), {} if args.jobs == 1 else {"OMP_NUM_THREADS": "1"}
-    names = list(dict.fromkeys(name for table in args.tables for name in TABLES[table]))
-    jobs = [(name, seed) for name in names for seed in seeds]
+    names, of = list(dict.fromkeys(name for table in args.tables for name in TABLES[table] if name != "sft")), {}
     with ThreadPoolExecutor(args.jobs) as pool:
-        for first in ("sft", "reward"):
-            list(pool.map(lambda seed: run(first, seed, threads), seeds))
-        results = list(pool.map(lambda job: run(*job, threads), jobs))
-    of = {name: [found for found, (other, _) in zip(results, jobs) if other == name] for name in names}
-    of["reward"] = [run("reward", seed, threads) for seed in seeds]
+        for wave in (["sft"], ["reward"], names):                         # each needs those before it
+            jobs = [(name, seed) for name in wave for seed in seeds]
+            for (name, _), found in zip(jobs, pool.map(lambda job: run(*job, threads), jobs)):
+                of.setdefault(name, []).append(found)
     for table in args.tables:
         print(f"\n{table}: {args.seeds} seeds, 1,000 test prompts, mean ± half of the 95% interval over seeds")
         columns = ["greedy", "acc", "pass@8", "kl", "length", "length_wrong", "end", "ktokens", "seconds", "mem_gb"]

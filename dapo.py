@@ -37,9 +37,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, encoded,
-                   evaluate, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
-                   micro_batches, read_rows, set_lr, setup, split, sums, table, told, usable)
+from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, encoded, evaluate,
+                   frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer, memory_plan,
+                   micro_batches, read_rows, set_lr, setup, split, states_number, sums, table, told, usable)
 
 
 @dataclass
@@ -50,6 +50,8 @@ class Config:
     init: str = "out/sft"         # checkpoint folder of the policy to start from
     reward: str = "rule"          # "rule", the function `score` below, or the folder of a reward model
     out: str = "out/dapo"         # folder for the checkpoint, metrics, samples and curves
+    chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
+    system: str = ""              # system line of a chat that has none; "" keeps that of --init
     seed: int = 0                 # of the order of the data and the sampling
     resume: bool = False          # go on with the run in --out
     # rollout
@@ -58,6 +60,7 @@ class Config:
     max_new: int = 24             # longest answer in tokens; one that has not ended by then is cut
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
     no_end_reward: float = 0.0    # reward of an answer that was cut, or the rollout's worst score if that is lower
+    format_reward: float = 0.0    # earned besides, under the rule, by an answer that says where its number is
     # objective
     clip_low: float = 0.2         # ε_low, how far the ratio may fall below 1 before its gradient is cut
     clip_high: float = 0.28       # ε_high, how far it may rise above 1
@@ -68,12 +71,18 @@ class Config:
     epochs: int = 1               # passes over each rollout
     minibatch: int = 64           # answers in an optimiser step; divides prompts * group
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
+    recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
     lr: float = 1.5e-4            # peak rate of AdamW; for a real pretrained model 1e-6
     warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
     # watching
     eval_every: int = 10          # rollouts between evaluations on validation prompts, and between checkpoints
     guard: bool = True            # stop a run that has gone wrong, and say why
+
+
+# defaults where --init is a public model, or a checkpoint that was made from one
+PUBLIC = dict(max_new=512, format_reward=0.1, overlong_cache=128, steps=200, lr=1e-6, warmup=10, eval_every=20,
+              recompute=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the algorithm
@@ -163,6 +172,8 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
     gold = [score(row, text or "") for row, text in zip(rows, texts)]
     gold = None if None in gold else torch.where(ended, torch.tensor(gold), 0.0)
     earned = frozen_scalars(judge, tokens, mask, cfg.micro_tokens)[1].cpu() if judge else gold
+    if cfg.format_reward and not judge:
+        earned = earned + cfg.format_reward * torch.tensor([float(states_number(text or "")) for text in texts])
     if not earned[ended].isfinite().all():
         raise InputError(f"--reward {cfg.reward}: gave an answer a score that is not finite")
     return torch.where(ended, earned, min([cfg.no_end_reward, *earned[ended].tolist()])), gold
@@ -199,7 +210,8 @@ def train(cfg):
     # models and data: all that can be wrong is found here, before the first step
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
-    policy, tokenizer = load(cfg.init, device, "GPT")
+    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+    policy.recompute = cfg.recompute
     rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, cfg.reward == "rule")
     if not cfg.data and cfg.init == Config.init:
         make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
@@ -207,6 +219,8 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"dapo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
+    longest = max(len(row["ids"]) for row in rows) + cfg.max_new
+    memory_plan(device, optimizer, [policy], [judge], cfg.micro_tokens, B * longest)
     out = Folder(cfg.out, cfg, cfg.steps, tokenizer, Guard(val=len(val)) if cfg.guard else None)
     first, saved = out.begin(policy, optimizer, cfg.resume)
     before, texts_before = saved.get("before") or validate(policy, tokenizer, test, cfg, judge, samples=8)

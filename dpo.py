@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 
 from model import (Folder, Guard, InputError, Mean, answer_number, batches, check, encode_answer, encoded, evaluate,
-                   frozen_logp, half_interval, load, main, make_first, make_optimizer, micro_batches, pad_batch,
-                   read_checkpoint, read_preferences, set_lr, setup, split, sums, table, usable)
+                   frozen_logp, half_interval, load, main, make_first, make_optimizer, memory_plan, micro_batches,
+                   pad_batch, read_checkpoint, read_preferences, set_lr, setup, split, sums, table, usable)
 
 PAIRS = "out/reward/preferences.jsonl"                                    # where reward.py leaves what it collected
 
@@ -50,6 +50,8 @@ class Config:
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
     init: str = "out/sft"         # checkpoint folder of the policy to start from, which is the reference too
     out: str = "out/dpo"          # folder for the checkpoint, metrics, samples and curves
+    chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
+    system: str = ""              # system line of a chat that has none; "" keeps that of --init
     seed: int = 0                 # of the order of the data and the sampling
     resume: bool = False          # go on with the run in --out
     # objective
@@ -60,6 +62,7 @@ class Config:
     epochs: int = 1               # passes over the pairs
     batch: int = 64               # pairs in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
+    recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
     lr: float = 1e-4              # peak rate of AdamW; for a real pretrained model 5e-7
     warmup: int = 5               # steps of linear warm-up, before half a cosine down to 0
     grad_clip: float = 1.0        # largest gradient norm
@@ -67,6 +70,10 @@ class Config:
     max_new: int = 24             # longest answer in the evaluation, tokens
     eval_every: int = 20          # steps between evaluations on validation prompts, and between checkpoints
     guard: bool = True            # stop a run that has gone wrong, and say why
+
+
+# defaults where --init is a public model, or a checkpoint that was made from one
+PUBLIC = dict(nll=0.0, lr=5e-7, warmup=10, max_new=512, eval_every=50, recompute=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the algorithm
@@ -167,7 +174,8 @@ def train(cfg):
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
         if cfg.init == Config.init and not os.path.exists(PAIRS):
             make_first("out/reward", "reward.py", "out/reward", cfg.seed, "--collect_only")
-    policy, tokenizer = load(cfg.init, device, "GPT")
+    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+    policy.recompute = cfg.recompute
     rows, val, test = comparisons(cfg, tokenizer, policy.cfg.context)
     asked = questions(val, "val", cfg, tokenizer, policy.cfg.context)
     asked_test = questions(test, "test", cfg, tokenizer, policy.cfg.context)
@@ -176,6 +184,7 @@ def train(cfg):
     optimizer = make_optimizer(policy, cfg.lr)
     print(f"dpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} pairs, "
           f"{len(val)} to validate, {len(test)} to report")
+    memory_plan(device, optimizer, [policy], [], cfg.micro_tokens)
     which = hashlib.sha256(repr([row["tokens"] for row in rows + val + test]).encode()).hexdigest()
     if cfg.resume and read_checkpoint(cfg.out)["more"]["which"] != which:
         raise InputError(f"{cfg.out}: this run began with other pairs than {cfg.data or PAIRS} has now")

@@ -19,7 +19,7 @@ G answers a prompt.
 Sources: nanoGPT (github.com/karpathy/nanoGPT) for the shape of such a file; RoPE arXiv 2104.09864, grouped queries
 arXiv 2305.13245.
 """
-import argparse, functools, hashlib, inspect, json, math, os, random, re, subprocess, sys, time
+import argparse, base64, functools, hashlib, inspect, json, math, os, random, re, subprocess, sys, time, unicodedata
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from fractions import Fraction
@@ -28,6 +28,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 # --------------------------------------------------------------------------------------------------------------- config
 
@@ -148,7 +149,8 @@ class KVCache:
 
     def keep(self, rows):
         """Drop every row but these."""
-        self.layers = [tuple(x[rows] for x in pair) for pair in self.layers]
+        for i, pair in enumerate(self.layers):                            # one by one: never two caches at a time
+            self.layers[i] = tuple(x[rows] for x in pair)
         self.bias = None if self.bias is None else self.bias[rows]
 
 
@@ -261,6 +263,9 @@ def linear_logp(hidden, weight, targets, temperature=1.0):
 BF16 = {"cuda"}     # devices whose matrix products run in bf16; the weights stay float32, and others compute in float32
 
 
+EVALUATED = 2 ** 17                                                  # tokens that evaluation has in the cache at a time
+
+
 LOOK = {"cpu": 1}     # decoding steps between looks for finished rows; a look waits for the GPU, so there it is every 8
 
 
@@ -286,7 +291,7 @@ def sample(p, generator=None):
 class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.recompute = cfg, False      # recompute: keep a block's input alone, and run it again in backward
         self.embedding = nn.Embedding(cfg.vocab, cfg.width)
         self.position = nn.Embedding(cfg.context, cfg.width) if cfg.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
@@ -316,7 +321,7 @@ class GPT(nn.Module):
         cfg = self.cfg
         assert tokens.size(1) <= cfg.context, f"{tokens.size(1)} tokens exceed the context of {cfg.context}"
         with autocast(tokens.device):
-            x = self.embedding(tokens)                                                       # (B, T, C)
+            x = self.embedding(tokens).to(self.norm.weight.dtype)                            # (B, T, C)
             where = slice(tokens.size(1)) if positions is None else positions
             if self.position is not None:
                 x = x + self.position.weight[where]
@@ -325,7 +330,10 @@ class GPT(nn.Module):
                 table = rope_table(cfg.context, cfg.head_dim, cfg.rope_base, cfg.rope_scaling, x.device)
                 rope = [angle[where].unsqueeze(-2) for angle in table]                   # (T, 1, D/2) or (B, T, 1, D/2)
             for block in self.blocks:
-                x = block(x, rope, cache)
+                if self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rope, cache, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = block(x, rope, cache)
             return self.norm(x)
 
     def token_logp(self, tokens, mask=None, temperature=1.0, at=None):
@@ -443,8 +451,53 @@ class ScalarModel(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def make_tokenizer(name="bytes"):
-    """A tiktoken Encoding: "bytes" is built in, any other name is tiktoken's own; ChatML's two marks are added."""
+CHAT = {"chatml": ("<|im_start|>", "<|im_end|>"),                   # marks of the formats that messages are written in,
+        "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}          # the last of which ends a turn
+
+
+class Tokenizer(tiktoken.Encoding):
+    """A tiktoken Encoding, and how a model's prompts are written with it.
+
+    nfc: text is normalised to Unicode's form C first (Qwen). plain: added tokens that are found in any text (Qwen 3's
+    <think>). first: ids that every prompt begins with (Llama). end: the id that ends a plain answer. chat: the format
+    of messages, a key of CHAT, or "". turns: a lone prompt is a user's turn as well. system: the line that opens a chat
+    which has none. vocab: the model's rows; an id that no token has still decodes. files: those of a public model.
+    """
+
+    def __init__(self, name, pattern, ranks, special, end, first=(), plain=(), nfc=False, vocab=0, chat="", turns=False,
+                 system="", files=None):
+        top = max(vocab - 1, *ranks.values(), *special.values())
+        gaps = set(range(top + 1)) - set(ranks.values()) - set(special.values())
+        unused = {f"<|unused_{i}|>": i for i in gaps}                    # a young model may sample any id
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special | unused)
+        self.end, self.first, self.plain, self.nfc, self.marks = end, list(first), set(plain), nfc, special
+        self.chat, self.turns, self.system, self.files = chat, turns, system, files or {}
+
+    @property
+    def turn_end(self):
+        """The id that ends a turn of a chat."""
+        return self.marks[CHAT[self.chat][-1]]
+
+    def encode(self, text, *, allowed_special=(), disallowed_special="all"):
+        """As tiktoken's; special tokens are cut out of the text before it is normalised."""
+        cut = self.plain | (set(self.marks) if allowed_special == "all" else set(allowed_special))
+        longest_first = "|".join(map(re.escape, sorted(cut, key=len, reverse=True)))
+        ids = []
+        for piece in re.split(f"({longest_first})", text) if cut else [text]:
+            if piece in cut:
+                ids.append(self.marks[piece])
+            elif piece:
+                piece = unicodedata.normalize("NFC", piece) if self.nfc else piece
+                ids += super().encode(piece, disallowed_special=disallowed_special)
+        return ids
+
+    def encode_ordinary(self, text):
+        """Text as text: a special token's name in it is spelled out."""
+        return self.encode(text, disallowed_special=())
+
+
+def make_tokenizer(name="bytes", turns=False, system=""):
+    """"bytes" is built in, any other name is one of tiktoken's own; ChatML's two marks are added."""
     if name == "bytes":
         pattern, ranks, special = r"(?s:.+)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
     else:
@@ -456,43 +509,55 @@ def make_tokenizer(name="bytes"):
         except Exception as e:                              # requests' own errors; tiktoken downloads a vocabulary once
             raise InputError(f"tokenizer {name!r}: no download of its ranks ({type(e).__name__}); bytes needs none")
         pattern, ranks, special = base._pat_str, base._mergeable_ranks, dict(base._special_tokens)
-    for mark in ("<|im_start|>", "<|im_end|>"):
+    for mark in CHAT["chatml"]:
         special.setdefault(mark, 1 + max(*ranks.values(), *special.values()))
-    gaps = set(range(max(special.values()))) - set(ranks.values()) - set(special.values())
-    special |= {f"<|unused_{i}|>": i for i in gaps}                  # a young model may sample any id; each must decode
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(name, pattern, ranks, special, end=special["<|endoftext|>"], chat="chatml", turns=turns,
+                     system=system)
 
 
 def stop_ids(tokenizer):
     """The ids that end an answer: the end of the text, which SFT appends to a response, and the end of a chat turn."""
-    return tokenizer.eot_token, tokenizer.encode_single_token("<|im_end|>")
+    return tokenizer.end, tokenizer.turn_end
 
 
 def encode_chat(tokenizer, messages):
-    """ChatML -> ids, mask: 1 on what the assistant wrote and the mark that ends its turn, 0 on headers and all else."""
-    start, end = tokenizer.encode_single_token("<|im_start|>"), tokenizer.encode_single_token("<|im_end|>")
-    ids, mask = [], []
+    """Messages -> ids, mask: 1 on what the assistant wrote and the mark that ends its turn, 0 on headers and all else.
+
+    ChatML:   <|im_start|>ROLE line break TEXT<|im_end|> line break, and so on.
+    Llama 3:  <|start_header_id|>ROLE<|end_header_id|> two line breaks TEXT<|eot_id|>, and so on, the texts stripped.
+    """
+    if not tokenizer.chat:
+        raise InputError("messages need ChatML's or Llama 3's marks, and this tokenizer has neither; use plain prompts")
+    if tokenizer.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": tokenizer.system}] + messages
+    text, mark = tokenizer.encode_ordinary, [[tokenizer.marks[x]] for x in CHAT[tokenizer.chat]]
+    ids, mask = list(tokenizer.first), [0] * len(tokenizer.first)
     for m in messages:
-        head = [start] + tokenizer.encode_ordinary(m["role"] + "\n")
-        body = tokenizer.encode_ordinary(m["content"]) + [end]
-        gap = tokenizer.encode_ordinary("\n")
+        if tokenizer.chat == "chatml":
+            head, body, gap = mark[0] + text(m["role"] + "\n"), text(m["content"]) + mark[1], text("\n")
+        else:
+            head, body, gap = mark[0] + text(m["role"]) + mark[1] + text("\n\n"), text(m["content"].strip()) + mark[2], []
         ids += head + body + gap
         mask += [0] * len(head) + [int(m["role"] == "assistant")] * len(body) + [0] * len(gap)
-    return ids[:-len(gap)], mask[:-len(gap)]
+    return ids[:len(ids) - len(gap)], mask[:len(ids) - len(gap)]
 
 
 def prompt_ids(tokenizer, row):
     """What the model reads before it answers: the prompt, or the turns before the assistant's last and its header."""
-    if "messages" not in row:
-        return tokenizer.encode_ordinary(row["prompt"])
-    return encode_chat(tokenizer, asked(row["messages"]) + [{"role": "assistant", "content": ""}])[0][:-1]
+    if "messages" in row:
+        turns = asked(row["messages"])
+    elif tokenizer.turns:
+        turns = [{"role": "user", "content": row["prompt"].removesuffix("\n")}]
+    else:
+        return tokenizer.first + tokenizer.encode_ordinary(row["prompt"])
+    return encode_chat(tokenizer, turns + [{"role": "assistant", "content": ""}])[0][:-1]
 
 
 def encode_answer(tokenizer, row, text):
     """Prompt, answer and end token -> tokens, mask. Prompt and answer are encoded apart, so the mask's edge is
     exact."""
     ids = prompt_ids(tokenizer, row)
-    end = tokenizer.encode_single_token("<|im_end|>") if "messages" in row else tokenizer.eot_token
+    end = tokenizer.turn_end if "messages" in row or tokenizer.turns else tokenizer.end
     answer = tokenizer.encode_ordinary(text) + [end]
     return ids + answer, [0] * len(ids) + [1] * len(answer)
 
@@ -511,13 +576,362 @@ def answers(tokenizer, tokens, mask, stop):
     return texts
 
 
+# ---------------------------------------------------------------------------- public models, as Hugging Face keeps them
+
+FAMILIES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM"}
+SIZES = {"vocab": "vocab_size", "context": "max_position_embeddings", "layers": "num_hidden_layers",      # ours: theirs
+         "width": "hidden_size", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+         "head_dim": "head_dim", "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps"}
+GPT2_SIZES = {"vocab": "vocab_size", "context": "n_positions", "layers": "n_layer", "width": "n_embd",
+              "heads": "n_head", "mlp_width": "n_inner", "norm_eps": "layer_norm_epsilon"}
+PARTS = {"embedding": "embed_tokens", "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "norm": "norm",
+         "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attention.out": "self_attn.o_proj",
+         "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm", "head": "lm_head",
+         "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj"}
+GPT2_PARTS = {"embedding": "wte", "position": "wpe", "norm1": "ln_1", "norm2": "ln_2", "norm": "ln_f", "head": "lm_head",
+              "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp.up": "mlp.c_fc",
+              "mlp.down": "mlp.c_proj"}
+ONLY = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
+        "partial_rotary_factor": [1.0]}                                   # options, and all that GPT can do of them
+NO_MATTER = """model_type _name_or_path transformers_version torch_dtype dtype use_cache initializer_range n_ctx pretraining_tp
+    attention_dropout attn_pdrop embd_pdrop resid_pdrop bos_token_id pad_token_id max_window_layers sliding_window
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
+    reorder_and_upcast_attn gradient_checkpointing is_decoder unsloth_version unsloth_fixed""".split()
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
+SPLIT = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+         "llama": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+                  r"\s+(?!\S)|\s+"}
+SPLIT["qwen2"] = SPLIT["qwen3"] = SPLIT["llama"].replace("{1,3}", "")                    # one digit at a time
+
+
+def parsed(path, files, name, default=None):
+    """The object in one of a folder's JSON files."""
+    try:
+        found = json.loads(files[name]) if name in files else default
+    except ValueError as e:
+        raise InputError(f"{path}: {name} is not JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: {name} " + ("holds no JSON object" if name in files else "is missing"))
+    return found
+
+
+def public_config(path, files):
+    """config.json -> GPTConfig. An option that GPT does not have is named, never ignored; null, false, 0 and [] are
+    off."""
+    def refuse(name, x, instead=""):
+        raise InputError(f'{path}: config.json: "{name}": {json.dumps(x)} is not supported{instead}')
+
+    c = parsed(path, files, "config.json")
+    family = c.pop("model_type", None)
+    if family not in FAMILIES:
+        refuse("model_type", family, f"; {', '.join(FAMILIES)} are")
+    if c.pop("architectures", None) not in (None, [FAMILIES[family]]):
+        refuse("architectures", parsed(path, files, "config.json")["architectures"], f"; {FAMILIES[family]} is")
+    ours = dict(tied=c.pop("tie_word_embeddings", family == "gpt2"))
+    for field, name in (GPT2_SIZES if family == "gpt2" else SIZES).items():
+        x = ours[field] = c.pop(name, None) or (0 if field in ("kv_heads", "head_dim", "mlp_width") else None)
+        if type(x) is not int and (field != "norm_eps" or type(x) is not float):
+            refuse(name, x, "; it must be a number")
+    if family == "gpt2":
+        ours |= dict(norm="layer", positions="learned", mlp="gelu", bias=True)
+    else:
+        rope = {"rope_theta": c.pop("rope_theta", 10_000.0)}
+        rope |= (c.pop("rope_scaling", None) or {}) | (c.pop("rope_parameters", None) or {})              # old and new
+        kind = rope.pop("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            refuse("rope_type", kind, "; default and llama3 are")
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        ours |= dict(rope_base=float(rope.pop("rope_theta")), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+                     rope_scaling=tuple(float(rope.pop(x)) for x in names) if kind == "llama3" else ())
+        if family == "llama" and c.get("attention_bias") and c.get("mlp_bias"):
+            ours["bias"] = c.pop("attention_bias") and c.pop("mlp_bias")
+        c |= {name: x for name, x in rope.items() if name != "type"}
+    stop = [x.get("eos_token_id") for x in (c, parsed(path, files, "generation_config.json", {}))]
+    stop = sum([x if isinstance(x, list) else [x] for x in stop if x is not None], [])
+    if not stop:
+        refuse("eos_token_id", None, "; some id must end an answer")
+    c |= {"eos_token_id": 0, "layer_types": [x for x in c.get("layer_types") or [] if x != "full_attention"]}
+    for name, x in c.items():
+        if name not in NO_MATTER and (x not in ONLY[name] if name in ONLY else x):
+            refuse(name, x, f"; {ONLY[name]} is" if name in ONLY else "")
+    return GPTConfig(**ours, stop=tuple(dict.fromkeys(stop)))
+
+
+def public_views(model, family):
+    """Every tensor of a public file by its name there, as a view of ours."""
+    cfg, views, gpt2 = model.cfg, {}, family == "gpt2"
+    for name, x in model.state_dict().items():
+        layer, part, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+        names = (GPT2_PARTS if gpt2 else PARTS)[part].split()
+        rows = {1: [len(x)], 2: [cfg.mlp_width] * 2, 3: [n * cfg.head_dim for n in (cfg.heads, cfg.kv_heads, cfg.kv_heads)]}
+        trunk = "" if part == "head" else "transformer." if gpt2 else "model."
+        block = f"{'h' if gpt2 else 'layers'}.{layer}." if layer else ""
+        for their, view in zip(names, x.split(rows[len(names)])):
+            views[f"{trunk}{block}{their}.{kind}"] = view.T if gpt2 and layer and x.dim() == 2 else view   # (in, out) there
+    return views
+
+
+def public_weights(path, cfg, family, device):
+    """*.safetensors, one or many, mapped and not read whole -> GPT in float32."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise InputError(f"{path}: pip install safetensors to read a public model's weights") from None
+    shards = ["model.safetensors"]
+    if os.path.exists(os.path.join(path, "model.safetensors.index.json")):
+        with open(os.path.join(path, "model.safetensors.index.json"), encoding="utf-8") as f:
+            shards = sorted(set(json.load(f)["weight_map"].values()))
+    found = {}
+    for shard in shards:
+        try:
+            f = safe_open(os.path.join(path, shard), framework="pt")
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{path}: {shard} cannot be read ({e})") from None
+        found |= {re.sub("^(?=wte|wpe|h[.]|ln_f)", "transformer.", name): (f, name) for name in f.keys()}
+    with torch.device("meta"):
+        model = GPT(cfg)
+    model = model.to_empty(device=device)
+    views = public_views(model, family)
+    for name, view in views.items():
+        if name not in found:
+            raise InputError(f"{path}: tensor {name} is missing; its shape should be {list(view.shape)}")
+        f, own = found[name]
+        kind, shape = f.get_slice(own).get_dtype(), f.get_slice(own).get_shape()
+        if shape != list(view.shape) or kind not in ("F32", "BF16", "F16"):
+            raise InputError(f"{path}: tensor {name} is {kind} {shape}; F32, BF16 or F16 {list(view.shape)} is needed")
+        view.copy_(f.get_tensor(own))
+    head = found.get("lm_head.weight")
+    if cfg.tied and head and torch.equal(head[0].get_tensor(head[1]).to(device, torch.float32), model.unembedding):
+        del found["lm_head.weight"]                                       # the same again
+    for name in found.keys() - views.keys():
+        if not re.search(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$", name):              # tables, not weights
+            raise InputError(f"{path}: tensor {name} has no place in {family} as config.json describes it")
+    return model
+
+
+def merged(token, ranks):
+    """What byte-pair encoding makes of the bytes of `token` by the merges that come before its own."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
+        if pairs[i] >= ranks[token]:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
+
+
+def alphabet():
+    """The letter that byte-level vocabularies write for each byte: itself if it is printable, else one from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def public_tokenizer(path, files, chat="auto", system=""):
+    """tokenizer.json, vocab.json with merges.txt, or a tiktoken file, as Llama 3 has it -> Tokenizer, or why not.
+
+    tiktoken joins the pair whose union has the lowest id, the others the pair that comes first in their list of merges.
+    The two agree if the last merge of every token is in the list, and these stand in the order of the ids.
+    """
+    def refuse(why):
+        raise InputError(f"{path}: no tiktoken Encoding can stand for its tokenizer: {why}")
+
+    cfg, family = public_config(path, files), parsed(path, files, "config.json")["model_type"]
+    settings = parsed(path, files, "tokenizer_config.json", {})
+    byte = {letter: b for b, letter in alphabet().items()}
+    added = [x | {"id": int(i)} for i, x in settings.get("added_tokens_decoder", {}).items()]
+    pattern, nfc, first, merges, loose = SPLIT[family], family.startswith("qwen"), [], None, False
+    if "tokenizer.json" in files:
+        t = parsed(path, files, "tokenizer.json")
+        vocab, merges, loose = t["model"].get("vocab"), t["model"].get("merges"), t["model"].get("ignore_merges")
+        added = t.get("added_tokens") or []
+        if t["model"].get("type") != "BPE":
+            refuse(f"its model is {t['model'].get('type')}, not byte-level BPE")
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+            if t["model"].get(name):
+                refuse(f'"{name}": {t["model"][name]!r}')
+        listed = lambda x, steps: [] if x is None else x[steps] if x["type"] == "Sequence" else [x]
+        normal = [x["type"] for x in listed(t.get("normalizer"), "normalizers")]
+        if normal not in ([], ["NFC"]):
+            refuse(f"normaliser {', '.join(normal)}")
+        nfc, steps = bool(normal), listed(t.get("pre_tokenizer"), "pretokenizers")
+        names = [x["type"] for x in steps]
+        if names not in (["ByteLevel"], ["Split", "ByteLevel"]) or steps[-1].get("add_prefix_space"):
+            refuse(f"pre-tokeniser {', '.join(names)}" + " with add_prefix_space" * ("ByteLevel" in names))
+        pattern = SPLIT["gpt2"] if steps[-1].get("use_regex", True) else r"(?s:.+)"
+        if len(steps) == 2:
+            pattern = steps[0]["pattern"].get("Regex")
+            if not pattern or steps[0]["behavior"] != "Isolated" or steps[0].get("invert") or steps[1].get("use_regex", True):
+                refuse(f"a split other than an isolated regular expression: {steps[0]}")
+        for x in listed(t.get("post_processor"), "processors"):
+            if x["type"] == "TemplateProcessing":
+                around = [list(piece) for piece in x["single"]]
+                if around[-1] != ["Sequence"]:
+                    refuse("it adds a token behind every text")
+                first = [i for piece in x["single"][:-1] for i in x["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
+            elif x["type"] != "ByteLevel":
+                refuse(f"post-processor {x['type']}")
+    elif "vocab.json" in files and "merges.txt" in files and family != "llama":
+        vocab = parsed(path, files, "vocab.json")
+        merges = [line for line in files["merges.txt"].split("\n") if line and not line.startswith("#version")]
+        added += [{"content": x, "id": i} for x, i in parsed(path, files, "added_tokens.json", {}).items()]
+        added += [{"content": x, "id": vocab[x], "special": True} for x in ("<|endoftext|>",) if x in vocab]
+    elif "tokenizer.model" in files:
+        try:
+            lines = [line.split() for line in files["tokenizer.model"].splitlines() if line]
+            vocab = {"".join(alphabet()[b] for b in base64.b64decode(x, validate=True)): int(i) for x, i in lines}
+        except ValueError:
+            refuse("tokenizer.model is no tiktoken file; SentencePiece, as in Llama 2, is no byte-level BPE")
+        names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
+        added = added or [{"content": f"<|{x}|>", "id": len(vocab) + i, "special": True} for i, x in names.items()]
+        first = [x["id"] for x in added if x["content"] == "<|begin_of_text|>"]
+    else:
+        refuse("there is no tokenizer.json, no tiktoken file, and for GPT-2 and Qwen no vocab.json with merges.txt")
+
+    special = {x["content"]: x["id"] for x in added}
+    for x in added:
+        if x.get("lstrip") or x.get("rstrip") or x.get("single_word"):
+            refuse(f"the added token {x['content']!r} takes its surroundings into account")
+    try:
+        ranks = {bytes(byte[letter] for letter in x): i for x, i in vocab.items() if x not in special}
+        ids = sorted(ranks.values())
+    except (KeyError, AttributeError) as e:
+        refuse(f"its vocabulary is not byte-level ({e})")
+    lacks = [b for b in range(256) if bytes([b]) not in ranks]
+    if lacks:
+        refuse(f"the byte {lacks[0]} has no token")
+    if merges is not None:
+        place = {}
+        for i, x in enumerate(merges):
+            a, b = x.split(" ") if isinstance(x, str) else x
+            place[tuple(bytes(byte[letter] for letter in half) for half in (a, b))] = i
+        last = -1
+        for token in sorted(ranks, key=ranks.get):
+            parts = merged(token, ranks)
+            if len(parts) == 2 and parts in place and place[parts] > last:
+                last = place[parts]
+            elif len(parts) == 2 or len(parts) > 2 and not loose:
+                refuse(f"the merges that make {token!r} are not in the order of the ids")
+    top = max(ids[-1], *special.values())
+    if top >= cfg.vocab:
+        refuse(f"it has the id {top}, and the model {cfg.vocab} rows")
+
+    template = files.get("chat_template.jinja") or settings.get("chat_template") or ""
+    if isinstance(template, list):
+        template = {x["name"]: x["template"] for x in template}.get("default", "")
+    fits = lambda marks, where: all(x in where for x in marks)
+    known = [x for x, marks in CHAT.items() if fits(marks, special) and fits(marks[-1:], template or special)]
+    if template and not known and chat != "plain":
+        refuse("its chat template is neither ChatML nor Llama 3's; --chat plain goes without")
+    own = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)      # Qwen 2.5 has a line of its own
+    name = hashlib.sha256(repr((pattern, nfc, first, sorted(ranks.items()), special)).encode()).hexdigest()[:12]
+    return Tokenizer(f"{family} {name}", pattern, ranks, special, end=cfg.stop[0], first=first, nfc=nfc, vocab=cfg.vocab,
+                     plain=[x["content"] for x in added if not x.get("special")], chat=(known or [""])[0],
+                     turns=bool(known) and bool(template) if chat == "auto" else chat == "chat",
+                     system=system or (own[1] if own else ""), files=files)
+
+
+def read_public(path, device="cpu", chat="auto", system=""):
+    """A folder with config.json, *.safetensors and tokenizer files -> model, tokenizer."""
+    files = {}
+    for name in FILES:
+        if os.path.exists(os.path.join(path, name)) and (name in FILES[:7] or "tokenizer.json" not in files):
+            with open(os.path.join(path, name), encoding="utf-8", errors="replace") as f:
+                files[name] = f.read()
+    cfg, family = public_config(path, files), parsed(path, files, "config.json")["model_type"]
+    try:
+        tokenizer = public_tokenizer(path, files, chat, system)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+        raise InputError(f"{path}: its tokenizer files are not as expected ({type(e).__name__}: {e})") from None
+    if tokenizer.chat:
+        cfg.stop = tuple(dict.fromkeys((*cfg.stop, tokenizer.turn_end)))
+    return public_weights(path, cfg, family, device), tokenizer
+
+
+def tokenizer_json(tokenizer):
+    """The tokenizer as the `tokenizers` package writes it, for one that has no such file of its own."""
+    letter, ranks = alphabet(), tokenizer._mergeable_ranks
+    spell = lambda token: "".join(letter[b] for b in token)
+    parts = [merged(token, ranks) for token in sorted(ranks, key=ranks.get)]
+    split = [{"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated", "invert": False}]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    added = [{"id": i, "content": x, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": x not in tokenizer.plain} for x, i in sorted(tokenizer.marks.items(), key=lambda x: x[1])]
+    name = {i: x for x, i in tokenizer.marks.items()}
+    begin = [{"SpecialToken": {"id": name[i], "type_id": 0}} for i in tokenizer.first]
+    pair = [{"Sequence": {"id": x, "type_id": i}} for i, x in enumerate("AB")]
+    begins = {"type": "TemplateProcessing", "single": begin + pair[:1], "pair": begin + pair,
+              "special_tokens": {name[i]: {"id": name[i], "ids": [i], "tokens": [name[i]]} for i in tokenizer.first}}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": split + [level]},
+            "post_processor": begins if begin else level, "decoder": level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": {spell(token): i for token, i in ranks.items()},
+                      "merges": [[spell(half) for half in pair] for pair in parts if len(pair) == 2]}}
+
+
+def write_public(folder, model, tokenizer):
+    """What read_public reads, and transformers: float32 weights; the files that came with the model go with it."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise InputError(f"{folder}: pip install safetensors to write a public model") from None
+    cfg, files = model.cfg, dict(tokenizer.files)
+    family = ("gpt2" if cfg.positions == "learned" else "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama")
+    config = {theirs: getattr(cfg, ours) for ours, theirs in (GPT2_SIZES if family == "gpt2" else SIZES).items()}
+    config |= {"model_type": family, "architectures": [FAMILIES[family]], "tie_word_embeddings": cfg.tied,
+               "bos_token_id": None}
+    if family != "gpt2":
+        config |= {"rope_theta": cfg.rope_base, "hidden_act": "silu"}
+    if family == "llama":
+        config |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
+    if cfg.rope_scaling:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        config["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(names, cfg.rope_scaling))
+    stop = {"eos_token_id": list(cfg.stop)}
+    config = (parsed(folder, files, "config.json") if files else config) | stop | {"torch_dtype": "float32"}
+    files["config.json"] = json.dumps(config, indent=2)
+    files["generation_config.json"] = json.dumps(parsed(folder, files, "generation_config.json", {}) | stop, indent=2)
+    told = public_config(folder, files)
+    for field, x in asdict(cfg).items():
+        if getattr(told, field) != x:
+            raise InputError(f"{folder}: a {family} config.json cannot say {field} = {x}")
+    if "tokenizer.json" not in files:
+        files["tokenizer.json"] = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
+    if "tokenizer_config.json" not in files:
+        end = next(x for x, i in tokenizer.marks.items() if i == tokenizer.end)
+        files["tokenizer_config.json"] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
+    if tokenizer.turns and not tokenizer.files:
+        turn = "<|im_start|>{}\n{}<|im_end|>\n".format
+        system = "{%% if messages[0]['role'] != 'system' %%}%s{%% endif %%}" % turn("system", tokenizer.system)
+        files["chat_template.jinja"] = (
+            system * bool(tokenizer.system) + "{% for m in messages %}" + turn("{{ m['role'] }}", "{{ m['content'] }}")
+            + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    if os.path.exists(folder):
+        raise InputError(f"{folder}: it exists already; name a new folder")
+    part = folder.rstrip("/") + ".tmp"
+    os.makedirs(part, exist_ok=True)
+    for name, text in files.items():
+        with open(os.path.join(part, name), "w", encoding="utf-8") as f:
+            f.write(text)
+    tensors = {name: x.contiguous() for name, x in public_views(model, family).items()}
+    save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+    os.replace(part, folder)
+
+
 # --------------------------------------------------------------------------------------------- checkpoints, saved whole
 
 
 def save(folder, model, tokenizer, name="ckpt.pt", **state):
     """Write folder/name in one step: a reader finds the old file or the new one, whole, whatever happens in between."""
     trunk = getattr(model, "trunk", model)
-    data = dict(kind=type(model).__name__, config=asdict(trunk.cfg), tokenizer=tokenizer.name, model=model.state_dict())
+    spoken = dict(name=tokenizer.name, turns=tokenizer.turns, system=tokenizer.system, files=tokenizer.files)
+    data = dict(kind=type(model).__name__, config=asdict(trunk.cfg), tokenizer=spoken, model=model.state_dict())
     path = os.path.join(folder, name)
     try:
         with open(path + ".tmp", "wb") as f:
@@ -544,19 +958,31 @@ def read_checkpoint(folder):
         raise InputError(f"{path}: not a nanoPO checkpoint ({type(e).__name__})") from e
 
 
-def load(path, device="cpu", kind=None):
-    """A checkpoint folder -> model, tokenizer. kind: "GPT" or "ScalarModel" where nothing else will do."""
-    data = read_checkpoint(path)
+def load(path, device="cpu", kind=None, chat="auto", system=""):
+    """A checkpoint folder or a public model's -> model, tokenizer. kind: "GPT" or "ScalarModel" where nothing else will
+    do. chat: "chat" makes a lone prompt a user's turn, "plain" leaves it bare; "auto", and a system line of "", keep
+    what the checkpoint was trained with, or the public model's template says."""
+    if chat not in ("auto", "chat", "plain"):
+        raise InputError(f"--chat {chat}: must be auto, chat or plain")
+    public = not os.path.exists(os.path.join(path, "ckpt.pt")) and os.path.exists(os.path.join(path, "config.json"))
+    data = {"kind": "GPT"} if public else read_checkpoint(path)
     if kind and data["kind"] != kind:
         name = {"GPT": "a policy", "ScalarModel": "a reward model"}
         raise InputError(f"{path}: this is {name.get(data['kind'], data['kind'])}, and {name[kind]} is needed here")
+    if public:
+        return read_public(path, device, chat, system)
     try:
         model = GPT(GPTConfig(**data["config"]))
     except (TypeError, ValueError, RuntimeError) as e:
         raise InputError(f"{path}: its config does not describe a model ({e})") from None
     model = model if data["kind"] == "GPT" else ScalarModel(model)
     load_weights(model, data["model"], path, "its config asks for")
-    return model.to(device), make_tokenizer(data["tokenizer"])
+    spoken = data["tokenizer"] if isinstance(data["tokenizer"], dict) else {"name": data["tokenizer"]}  # a name: of old
+    turns = spoken.get("turns", False) if chat == "auto" else chat == "chat"
+    system = system or spoken.get("system", "")
+    if spoken.get("files"):
+        return model.to(device), public_tokenizer(path, spoken["files"], "chat" if turns else "plain", system)
+    return model.to(device), make_tokenizer(spoken["name"], turns, system)
 
 
 def load_reward(path, policy, tokenizer):
@@ -566,13 +992,14 @@ def load_reward(path, policy, tokenizer):
     model, own = load(path, policy.device, "ScalarModel")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"--reward {path}: its weights are not finite, and neither are its scores")
-    facts = [("tokenizer", own.name, tokenizer.name)]
+    facts = [("tokenizer", own.name, tokenizer.name), ("chat", own.turns, tokenizer.turns),
+             ("system line", own.system, tokenizer.system)]
     facts += [(name, getattr(model.trunk.cfg, name), getattr(policy.cfg, name)) for name in ("width", "context")]
     for name, theirs, ours in facts:
         if theirs != ours:
             raise InputError(f"--reward {path}: made for {name} {theirs}, and the policy has {ours}; make one by "
                              f"reward.py --init with the policy's checkpoint")
-    return model.requires_grad_(False)
+    return freeze(model)
 
 
 def load_weights(model, weights, where, wanted):
@@ -775,6 +1202,13 @@ def answer_number(text):
     return -value if sign == "-" else value
 
 
+def states_number(text):
+    """Whether an answer says where its number is, once: alone behind a last "####", or in a \\boxed{...}."""
+    tail = text.rpartition("####")[2].strip().rstrip(".%")
+    alone = "\\boxed" in text or NUMBER.fullmatch(tail)
+    return bool(alone and text.count("####") + text.count("\\boxed") == 1 and answer_number(text) is not None)
+
+
 def boxed(text):
     """"{a{b}}c" -> "a{b}"; "" where the braces do not close."""
     depth = 0
@@ -811,15 +1245,20 @@ def pad_batch(sequences, masks):
     return tokens, torch.tensor([list(x) + [0] * (T - len(x)) for x in masks], dtype=torch.float32)
 
 
+def token_budget(device):
+    """Tokens in a forward: few on a CPU, where short pieces save more pads than they cost calls, a seventh of an SFT
+    step."""
+    return 1024 if device.type == "cpu" else 16384
+
+
 def micro_batches(mask, rows, budget, device):
     """Cut `rows` of a batch into pieces of at most `budget` tokens, rows of like length together and trimmed to fit.
 
     mask (B, T), or (B, K, T) where a row is K sequences that must stay together, on the CPU; rows (b,). Yields (j, t,
     at): row indices, a width, and the flat positions of the mask in tokens[j, ..., :t], which is token_logp's `at`. All
-    is known before the GPU starts, so nothing waits for it. budget 0 is 1024 on a CPU, where short pieces save more
-    pads than they cost calls (a seventh of an SFT step), else 16384.
+    is known before the GPU starts, so nothing waits for it. budget 0: by device.
     """
-    budget = budget or (1024 if device.type == "cpu" else 16384)
+    budget = budget or token_budget(device)
     some = mask.view(len(mask), -1, mask.size(-1))[rows] > 0                                 # (b, K, T)
     width = (some * torch.arange(1, mask.size(-1) + 1)).amax((1, 2)).clamp(min=1)            # columns a row needs
     width, order = width.sort(stable=True)
@@ -853,6 +1292,49 @@ def frozen_scalars(model, tokens, mask, budget):
     for j, t, _ in micro_batches(mask, torch.arange(len(tokens)), budget, tokens.device):
         value[j, :t], score[j] = model.read(tokens[j, :t], mask_dev[j, :t])
     return value, score
+
+
+def freeze(model):
+    """No gradient; and, where products are made in bf16 anyway, matrices that are kept in it: half of the memory, the
+    same products. Norms, biases and the scalar head stay as they are."""
+    trunk = getattr(model, "trunk", model)
+    for p in trunk.parameters():
+        if p.dim() == 2 and p.device.type in BF16:
+            p.data = p.data.bfloat16()
+    return model.requires_grad_(False)
+
+
+def memory_plan(device, optimizer, models, frozen=(), budget=0, rollout=0):
+    """Print what a run will hold, and return it in bytes.
+
+    models are trained, frozen ones only read (None: there is none); budget is --micro_tokens, rollout the tokens that
+    are in the cache at once. Activations are those of one forward of the largest model: of each token the input of
+    every norm and product of a block, and of the block's input alone where it is computed again (--recompute). The
+    sampler and the update have the memory in turns.
+    """
+    trunk, e = lambda x: getattr(x, "trunk", x), 2 if device.type in BF16 else 4
+    size = lambda x: sum(p.numel() * p.element_size() for p in x.parameters())
+    cfg, budget = trunk(models[0]).cfg, budget or token_budget(device)
+    C, H, K, D, M, gated = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp_width, cfg.mlp == "swiglu"
+    norms = 2 * C * (8 if cfg.norm == "rms" else 4)                     # its input, and for RMS the input over its size
+    heads = (3 * H + 3 * K) * D if cfg.positions == "rope" else (2 * H + 2 * K) * D          # query, key, value, result
+    block = norms + e * (2 * C + heads + (4 if gated else 2) * M) + (H + K) * D * cfg.qk_norm * (12 - 2 * e)
+    kept = norms // 2 + (cfg.layers * 4 * C + block if trunk(models[0]).recompute else cfg.layers * block)
+    plan = {"weights": sum(map(size, models)), "gradients": sum(map(size, models)),
+            "moments": sum(p.numel() * 4 * (1 if isinstance(part, torch.optim.Muon) else 2)
+                           for part in optimizer.parts for group in part.param_groups for p in group["params"]),
+            "frozen": sum(size(x) for x in frozen if x), "bf16 copies": size(models[0]) // 2 if e == 2 else 0,
+            "cache": max(rollout, EVALUATED) * 2 * cfg.layers * K * D * e,
+            "activations": budget * kept, "logits": 2 * 4 * LinearLogp.CHUNK + cfg.vocab * C * (4 + (e == 2) * 2)}
+    most = sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    unit, scale = ("GiB", 2 ** 30) if most > 2 ** 30 else ("MiB", 2 ** 20)
+    parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
+    line = f"memory in {unit}: {parts}; about {most / scale:.1f} at a time" + f" of {(total or 0) / scale:.1f}" * bool(total)
+    if total and most > total:
+        line += f": too much; try --recompute and --micro_tokens {budget // 4}"
+    print(line)
+    return plan
 
 
 class Optimizers:
@@ -951,7 +1433,7 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, watch=No
         return {}, []
     generator = torch.Generator(model.device).manual_seed(seed)
     longest = max(len(row["ids"]) for row in rows) + max_new
-    size = max(1, 2 ** 17 // (samples * longest))                    # prompts at a time: 131,072 tokens in the cache
+    size = max(1, EVALUATED // (samples * longest))                  # prompts at a time
     greedy, right, ended, length, shown, watched = [], [], [], [], [], Mean()
     known = all(score(row, "") is not None for row in rows)
     judge = lambda row, text: known and text is not None and score(row, text) > 0
@@ -1035,7 +1517,11 @@ def parse_config(Config, argv=None):
 
     cfg = parsed()
     if not cfg.resume:
-        return cfg
+        ours = inspect.getmodule(Config).__dict__.get("PUBLIC", {})
+        if ours and is_public(cfg.init):
+            parser.set_defaults(**ours)
+            print(f"{cfg.init} is a public model: defaults are {', '.join(f'--{x} {y}' for x, y in ours.items())}")
+        return parsed()
     path = os.path.join(cfg.out, "config.json")
     if not os.path.exists(path):
         raise InputError(f"{cfg.out}: nothing to resume (no config.json)")
@@ -1048,6 +1534,16 @@ def parse_config(Config, argv=None):
         raise InputError(f"{cfg.out}: this is a run of {saved.get('script')}, not of {script_name(Config)}")
     parser.set_defaults(**{name: x for name, x in saved.items() if name in comment and name not in ("out", "resume")})
     return parsed()
+
+
+def is_public(folder):
+    """Whether a folder holds a public model, or a checkpoint that was made from one."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            saved = json.load(f)
+    except (OSError, ValueError):
+        return False
+    return isinstance(saved, dict) and bool(saved.get("public") or "script" not in saved and "model_type" in saved)
 
 
 def script_name(Config):
@@ -1161,7 +1657,8 @@ class Folder:
             os.rename(self.out, old)
             print(f"{self.out}: the earlier run is kept as {old}")
         os.makedirs(self.out, exist_ok=True)
-        settings = {"script": script_name(type(self.cfg))} | asdict(self.cfg) | {"resume": False}
+        made = {"script": script_name(type(self.cfg)), "public": bool(self.tokenizer.files)}
+        settings = made | asdict(self.cfg) | {"resume": False}
         self.write("config.json", json.dumps(settings, indent=2))
         self.metrics = open(self.path("metrics.jsonl"), "a", buffering=1, encoding="utf-8")
 
@@ -1262,3 +1759,14 @@ def main(train, Config):
         sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; what was saved before stands, see --resume")
     except KeyboardInterrupt:
         sys.exit(f"\n{name}: interrupted; the last checkpoint stands, the same command with --resume goes on from it")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "export":
+        sys.exit("python model.py export out/grpo FOLDER    writes a checkpoint as a Hugging Face model folder")
+    try:
+        model, tokenizer = load(sys.argv[2], kind="GPT")
+        write_public(sys.argv[3], model, tokenizer)
+        print(f"{sys.argv[3]}: {sum(p.numel() for p in model.parameters()):,} parameters in float32, and their tokenizer")
+    except InputError as e:
+        sys.exit(f"model.py: {e}")

@@ -44,9 +44,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (Folder, Guard, InputError, Mean, Optimizers, ScalarModel, answer_number, answers, batches, check,
-                   distinct, encoded, evaluate, frozen_logp, frozen_scalars, load, load_reward, main, make_first,
-                   make_optimizer, micro_batches, read_rows, set_lr, setup, split, sums, table, told, usable)
+from model import (EVALUATED, Folder, Guard, InputError, Mean, Optimizers, ScalarModel, answer_number, answers, batches,
+                   check, distinct, encoded, evaluate, freeze, frozen_logp, frozen_scalars, load, load_reward, main,
+                   make_first, make_optimizer, memory_plan, micro_batches, read_rows, set_lr, setup, split,
+                   states_number, sums, table, told, usable)
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Config:
     init: str = "out/sft"         # checkpoint folder of the policy to start from, and of the reference
     reward: str = "out/reward"    # "rule", the function `score` below, or the folder of a reward model
     out: str = "out/ppo"          # folder for the checkpoint, metrics, samples and curves
+    chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
+    system: str = ""              # system line of a chat that has none; "" keeps that of --init
     seed: int = 0                 # of the order of the data and the sampling
     resume: bool = False          # go on with the run in --out
     # rollout
@@ -64,6 +67,7 @@ class Config:
     max_new: int = 24             # longest answer in tokens; one that has not ended by then is cut
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
     no_end_reward: float = 0.0    # reward of an answer that was cut, or the rollout's worst score if that is lower
+    format_reward: float = 0.0    # earned besides, under the rule, by an answer that says where its number is
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     value_clip: float = 0.2       # ε_v, the same for the critic, in standard deviations of the reward; 0: no clip
@@ -75,6 +79,7 @@ class Config:
     epochs: int = 2               # passes over each rollout
     minibatch: int = 64           # answers in an optimiser step; divides prompts
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
+    recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
     lr: float = 1e-4              # peak rate of the policy's AdamW; for a real pretrained model 1e-6
     critic_lr: float = 3e-4       # peak rate of the critic's; for a real pretrained model 1e-5
     warmup: int = 3               # rollouts of linear warm-up, before a line down to 0
@@ -83,6 +88,10 @@ class Config:
     eval_every: int = 10          # rollouts between evaluations on validation prompts, and between checkpoints
     max_kl: float = 50.0          # the guard's limit for the KL to the reference, nats an answer
     guard: bool = True            # stop a run that has gone wrong, and say why
+
+
+# defaults where --init is a public model, or a checkpoint that was made from one
+PUBLIC = dict(max_new=512, format_reward=0.1, steps=100, lr=1e-6, critic_lr=1e-5, warmup=10, recompute=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the algorithm
@@ -184,6 +193,8 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
     gold = [score(row, text or "") for row, text in zip(rows, texts)]
     gold = None if None in gold else torch.where(ended, torch.tensor(gold), 0.0)
     earned = frozen_scalars(judge, tokens, mask, cfg.micro_tokens)[1].cpu() if judge else gold
+    if cfg.format_reward and not judge:
+        earned = earned + cfg.format_reward * torch.tensor([float(states_number(text or "")) for text in texts])
     if not earned[ended].isfinite().all():
         raise InputError(f"--reward {cfg.reward}: gave an answer a score that is not finite")
     return torch.where(ended, earned, min([cfg.no_end_reward, *earned[ended].tolist()])), gold
@@ -220,17 +231,21 @@ def train(cfg):
     # models and data: all that can be wrong is found here, before the first step
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
-    policy, tokenizer = load(cfg.init, device, "GPT")
+    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+    policy.recompute = cfg.recompute
     rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, cfg.reward == "rule")
     if not cfg.data and cfg.init == Config.init:
         make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
     judge = load_reward(cfg.reward, policy, tokenizer)
-    reference = copy.deepcopy(policy).requires_grad_(False)
-    critic = copy.deepcopy(judge).requires_grad_(True) if judge else ScalarModel(copy.deepcopy(policy)).to(device)
+    reference = freeze(copy.deepcopy(policy))
+    critic = copy.deepcopy(judge) if judge else ScalarModel(copy.deepcopy(policy)).to(device)
+    critic.float().requires_grad_(True).trunk.recompute = cfg.recompute
     optimizer = Optimizers(*make_optimizer(policy, cfg.lr, eps=1e-5).parts,
                            *make_optimizer(critic, cfg.critic_lr, eps=1e-5).parts)
     print(f"ppo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
           f"{len(val)} to validate, {len(test)} to report")
+    longest = max(len(row["ids"]) for row in rows) + cfg.max_new
+    memory_plan(device, optimizer, [policy, critic], [reference, judge], cfg.micro_tokens, B * longest)
     out = Folder(cfg.out, cfg, cfg.steps, tokenizer, Guard(cfg.max_kl, val=len(val)) if cfg.guard else None)
     first, saved = out.begin(policy, optimizer, cfg.resume)
     if saved:
@@ -238,7 +253,7 @@ def train(cfg):
         critic.load_state_dict(saved["critic"])
         unit = saved["unit"]
     else:                                                             # one standard deviation of the SFT model's reward
-        some = rows[:512]
+        some = rows[:min(512, max(2, EVALUATED // longest))]
         tokens, mask, _ = policy.generate([row["ids"] for row in some], 1, cfg.max_new, cfg.temperature)
         texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
         unit = float(rewards(cfg, judge, some, tokens, mask.cpu(), texts)[0].std(correction=0)) or 1.0

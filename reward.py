@@ -38,9 +38,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import (Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check, encode_answer,
-                   encoded, frozen_scalars, half_interval, load, main, make_first, make_optimizer, micro_batches,
-                   ordered, pad_batch, read_preferences, read_rows, set_lr, setup, split, sums, table, usable)
+from model import (EVALUATED, Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check,
+                   encode_answer, encoded, frozen_scalars, half_interval, load, main, make_first, make_optimizer,
+                   memory_plan, micro_batches, ordered, pad_batch, read_preferences, read_rows, set_lr, setup, split,
+                   sums, table, usable)
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Config:
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
     init: str = "out/sft"         # checkpoint folder of the policy that answers, and of the trunk to start from
     out: str = "out/reward"       # folder for the preferences, the checkpoint, metrics and curves
+    chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
+    system: str = ""              # system line of a chat that has none; "" keeps that of --init
     seed: int = 0                 # of the sampling, the labels, the head and the order of the data
     resume: bool = False          # go on with the run in --out
     # collection
@@ -62,6 +65,7 @@ class Config:
     # optimisation, one epoch
     batch: int = 32               # prompts in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
+    recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
     lr: float = 5e-4              # peak rate of AdamW; for a real pretrained model 1e-5
     warmup: int = 5               # steps of linear warm-up, before half a cosine down to 0
     weight_decay: float = 0.0     # on matrices, not on norms, biases and embeddings
@@ -69,6 +73,10 @@ class Config:
     # watching
     eval_every: int = 10          # steps between evaluations on validation prompts, and between checkpoints
     guard: bool = True            # stop a run that has gone wrong, and say why
+
+
+# defaults where --init is a public model, or a checkpoint that was made from one
+PUBLIC = dict(prompts=2000, max_new=512, lr=1e-5, recompute=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the algorithm
@@ -119,8 +127,10 @@ def rank(row, texts, length, cfg, rng):
 def collect(policy, tokenizer, rows, cfg, rng):
     """Sample K answers to every prompt, have those that ended ranked, and return all pairs that are no ties."""
     pairs, own = [], ("prompt", "messages", "two_digits", "answer")
-    for i in range(0, len(rows), 256):
-        chunk = rows[i:i + 256]
+    longest = max(len(row["ids"]) for row in rows) + cfg.max_new
+    size = min(256, max(1, EVALUATED // (cfg.answers * longest)))                            # prompts at a time
+    for i in range(0, len(rows), size):
+        chunk = rows[i:i + size]
         tokens, mask, _ = policy.generate([row["ids"] for row in chunk], cfg.answers, cfg.max_new)
         texts, length = answers(tokenizer, tokens, mask, policy.cfg.stop), mask.sum(1).int().tolist()
         for j, row in enumerate(chunk):
@@ -269,7 +279,8 @@ def train(cfg):
     # policy, preferences and model: all that can be wrong is found here, before the first step
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
-    policy, tokenizer = load(cfg.init, device, "GPT")
+    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+    policy.recompute = cfg.recompute
     parts, collected = preferences(cfg, policy, tokenizer)
     rows, val, test = (ready(pairs, tokenizer, policy.cfg.context, pairs is parts[0]) for pairs in parts)
     K = max(len(row["responses"]) for row in rows)
@@ -282,6 +293,7 @@ def train(cfg):
         demos = [[row[name][0] for row in rows[:500]] for name in ("tokens", "mask")]    # the answers that people chose
     print(f"reward: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(parts[0]):,} pairs on {len(rows):,} prompts, {len(val)} to validate, {len(test)} to report")
+    memory_plan(device, optimizer, [model], [], cfg.micro_tokens)
     out = Folder(cfg.out, cfg, steps, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(model, optimizer, cfg.resume)
     if collected and not cfg.resume:

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 import torch
 
 from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_answer,
-                   encode_chat, evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer, micro_batches,
-                   pad_batch, prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums, table, usable)
+                   encode_chat, evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer, memory_plan,
+                   micro_batches, pad_batch, prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums, table, usable)
 
 
 @dataclass
@@ -42,6 +42,8 @@ class Config:
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
     init: str = ""               # checkpoint folder to start from; "": from scratch, with the tokenizer and shape below
     out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
+    chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
+    system: str = ""              # system line of a chat that has none; "" keeps that of --init
     seed: int = 0                 # of the weights, the order of the data and the sampling
     resume: bool = False          # go on with the run in --out
     # model, from scratch only
@@ -54,6 +56,7 @@ class Config:
     steps: int = 1200             # optimiser steps
     batch: int = 64               # examples in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
+    recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
     lr: float = 3e-3              # peak rate of AdamW; for a real pretrained model 1e-5
     muon_lr: float = 3e-3     # peak rate of Muon on the blocks' matrices, used from scratch only; 0: AdamW has them too
     warmup: int = 30              # steps of linear warm-up, before half a cosine down to 0
@@ -63,6 +66,10 @@ class Config:
     max_new: int = 24             # longest answer in the evaluation, tokens
     eval_every: int = 300         # steps between evaluations on validation prompts, and between checkpoints
     guard: bool = True            # stop a run that has gone wrong, and say why
+
+
+# defaults where --init is a public model, or a checkpoint that was made from one
+PUBLIC = dict(steps=470, batch=32, lr=1e-5, weight_decay=0.0, max_new=512, eval_every=100, recompute=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the algorithm
@@ -164,16 +171,17 @@ def train(cfg):
 
     # data and model: all that can be wrong is found here, before the first step
     if cfg.init:
-        model, tokenizer = load(cfg.init, device, "GPT")
+        model, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
         for name in ("context", "layers", "width", "heads"):
             if getattr(cfg, name) not in (getattr(Config, name), getattr(model.cfg, name)):
                 raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, kept")
     else:
-        tokenizer = make_tokenizer(cfg.tokenizer)
+        tokenizer = make_tokenizer(cfg.tokenizer, cfg.chat == "chat", cfg.system)
         if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
             raise InputError(f"--width {cfg.width} --heads {cfg.heads}: a head needs an even whole number of channels")
         model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,
                               width=cfg.width, heads=cfg.heads)).to(device)
+    model.recompute = cfg.recompute
     rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
     room = lambda row: len(row["ids"]) + cfg.max_new <= model.cfg.context
     why = f"held out; prompt + --max_new {cfg.max_new} exceed {model.cfg.context}"
@@ -181,6 +189,7 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
     print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
           f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
+    memory_plan(device, optimizer, [model], [], cfg.micro_tokens)
     out = Folder(cfg.out, cfg, cfg.steps, tokenizer, Guard() if cfg.guard else None)
     first, saved = out.begin(model, optimizer, cfg.resume)
     own = lambda row: {name: row[name] for name in ("prompt", "response", "messages") if name in row}

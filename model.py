@@ -480,7 +480,8 @@ class Tokenizer(tiktoken.Encoding):
 
     def encode(self, text, *, allowed_special=(), disallowed_special="all"):
         """As tiktoken's; special tokens are cut out of the text before it is normalised."""
-        cut = self.plain | (set(self.marks) if allowed_special == "all" else set(allowed_special))
+        cut = self.plain | set(self.marks if allowed_special == "all" else allowed_special)
+        never = set(self.marks) - cut if disallowed_special == "all" else disallowed_special
         longest_first = "|".join(map(re.escape, sorted(cut, key=len, reverse=True)))
         ids = []
         for piece in re.split(f"({longest_first})", text) if cut else [text]:
@@ -488,7 +489,7 @@ class Tokenizer(tiktoken.Encoding):
                 ids.append(self.marks[piece])
             elif piece:
                 piece = unicodedata.normalize("NFC", piece) if self.nfc else piece
-                ids += super().encode(piece, disallowed_special=disallowed_special)
+                ids += super().encode(piece, disallowed_special=never)
         return ids
 
     def encode_ordinary(self, text):
@@ -499,7 +500,7 @@ class Tokenizer(tiktoken.Encoding):
 def make_tokenizer(name="bytes", turns=False, system=""):
     """"bytes" is built in, any other name is one of tiktoken's own; ChatML's two marks are added."""
     if name == "bytes":
-        pattern, ranks, special = r"(?s:.+)", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
+        pattern, ranks, special = r"[\s\S]+", {bytes([i]): i for i in range(256)}, {"<|endoftext|>": 256}
     else:
         try:
             base = tiktoken.get_encoding(name)
@@ -589,21 +590,25 @@ PARTS = {"embedding": "embed_tokens", "norm1": "input_layernorm", "norm2": "post
          "attention.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "attention.out": "self_attn.o_proj",
          "attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm", "head": "lm_head",
          "mlp.up": "mlp.gate_proj mlp.up_proj", "mlp.down": "mlp.down_proj"}
-GPT2_PARTS = {"embedding": "wte", "position": "wpe", "norm1": "ln_1", "norm2": "ln_2", "norm": "ln_f", "head": "lm_head",
+GPT2_PARTS = {"embedding": "wte", "position": "wpe", "norm1": "ln_1", "norm2": "ln_2", "norm": "ln_f",
               "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "mlp.up": "mlp.c_fc",
-              "mlp.down": "mlp.c_proj"}
+              "mlp.down": "mlp.c_proj", "head": "lm_head"}
+ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ONLY = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
         "partial_rotary_factor": [1.0]}                                   # options, and all that GPT can do of them
-NO_MATTER = """model_type _name_or_path transformers_version torch_dtype dtype use_cache initializer_range n_ctx pretraining_tp
+NO_MATTER = """_name_or_path transformers_version torch_dtype dtype use_cache initializer_range n_ctx pretraining_tp
     attention_dropout attn_pdrop embd_pdrop resid_pdrop bos_token_id pad_token_id max_window_layers sliding_window
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
     reorder_and_upcast_attn gradient_checkpointing is_decoder unsloth_version unsloth_fixed""".split()
-FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-         "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model")
-SPLIT = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-         "llama": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-                  r"\s+(?!\S)|\s+"}
-SPLIT["qwen2"] = SPLIT["qwen3"] = SPLIT["llama"].replace("{1,3}", "")                    # one digit at a time
+FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+         "special_tokens_map.json", "tokenizer.json", "model.safetensors.index.json", "vocab.json", "merges.txt",
+         "added_tokens.json", "tokenizer.model")                          # the first six go where the model goes
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+         r"|\s+")
+SPLIT = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "qwen2": WORDS,
+         "qwen3": WORDS, "llama": WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|")}
+LLAMA3 = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
+          8: "<|eom_id|>", 9: "<|eot_id|>"}                               # special tokens behind the last rank
 
 
 def parsed(path, files, name, default=None):
@@ -618,17 +623,17 @@ def parsed(path, files, name, default=None):
 
 
 def public_config(path, files):
-    """config.json -> GPTConfig. An option that GPT does not have is named, never ignored; null, false, 0 and [] are
+    """config.json -> its model_type, GPTConfig. What GPT cannot do is named, never ignored; null, false, 0, [] are
     off."""
     def refuse(name, x, instead=""):
         raise InputError(f'{path}: config.json: "{name}": {json.dumps(x)} is not supported{instead}')
 
     c = parsed(path, files, "config.json")
-    family = c.pop("model_type", None)
+    family, made = c.pop("model_type", None), c.pop("architectures", None)
     if family not in FAMILIES:
         refuse("model_type", family, f"; {', '.join(FAMILIES)} are")
-    if c.pop("architectures", None) not in (None, [FAMILIES[family]]):
-        refuse("architectures", parsed(path, files, "config.json")["architectures"], f"; {FAMILIES[family]} is")
+    if made not in (None, [FAMILIES[family]]):
+        refuse("architectures", made, f"; {FAMILIES[family]} is")
     ours = dict(tied=c.pop("tie_word_embeddings", family == "gpt2"))
     for field, name in (GPT2_SIZES if family == "gpt2" else SIZES).items():
         x = ours[field] = c.pop(name, None) or (0 if field in ("kv_heads", "head_dim", "mlp_width") else None)
@@ -642,9 +647,8 @@ def public_config(path, files):
         kind = rope.pop("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             refuse("rope_type", kind, "; default and llama3 are")
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         ours |= dict(rope_base=float(rope.pop("rope_theta")), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-                     rope_scaling=tuple(float(rope.pop(x)) for x in names) if kind == "llama3" else ())
+                     rope_scaling=tuple(float(rope.pop(x, 0)) for x in ROPE) if kind == "llama3" else ())
         if family == "llama" and c.get("attention_bias") and c.get("mlp_bias"):
             ours["bias"] = c.pop("attention_bias") and c.pop("mlp_bias")
         c |= {name: x for name, x in rope.items() if name != "type"}
@@ -655,36 +659,34 @@ def public_config(path, files):
     c |= {"eos_token_id": 0, "layer_types": [x for x in c.get("layer_types") or [] if x != "full_attention"]}
     for name, x in c.items():
         if name not in NO_MATTER and (x not in ONLY[name] if name in ONLY else x):
-            refuse(name, x, f"; {ONLY[name]} is" if name in ONLY else "")
-    return GPTConfig(**ours, stop=tuple(dict.fromkeys(stop)))
+            refuse(name, x, f"; {', '.join(map(str, ONLY[name]))} is" if name in ONLY else "")
+    return family, GPTConfig(**ours, stop=tuple(dict.fromkeys(stop)))
 
 
 def public_views(model, family):
-    """Every tensor of a public file by its name there, as a view of ours."""
+    """Every tensor of a public file, by its name there, as a view of ours."""
     cfg, views, gpt2 = model.cfg, {}, family == "gpt2"
+    qkv = [n * cfg.head_dim for n in (cfg.heads, cfg.kv_heads, cfg.kv_heads)]
     for name, x in model.state_dict().items():
         layer, part, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-        names = (GPT2_PARTS if gpt2 else PARTS)[part].split()
-        rows = {1: [len(x)], 2: [cfg.mlp_width] * 2, 3: [n * cfg.head_dim for n in (cfg.heads, cfg.kv_heads, cfg.kv_heads)]}
         trunk = "" if part == "head" else "transformer." if gpt2 else "model."
         block = f"{'h' if gpt2 else 'layers'}.{layer}." if layer else ""
-        for their, view in zip(names, x.split(rows[len(names)])):
-            views[f"{trunk}{block}{their}.{kind}"] = view.T if gpt2 and layer and x.dim() == 2 else view   # (in, out) there
+        theirs = (GPT2_PARTS if gpt2 else PARTS)[part].split()
+        rows = {1: [len(x)], 2: [cfg.mlp_width] * 2, 3: qkv}[len(theirs)]
+        for their, view in zip(theirs, x.split(rows)):
+            turned = gpt2 and layer and x.dim() == 2                      # a matrix is (in, out) there
+            views[f"{trunk}{block}{their}.{kind}"] = view.T if turned else view
     return views
 
 
-def public_weights(path, cfg, family, device):
+def public_weights(path, files, family, cfg, device):
     """*.safetensors, one or many, mapped and not read whole -> GPT in float32."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise InputError(f"{path}: pip install safetensors to read a public model's weights") from None
-    shards = ["model.safetensors"]
-    if os.path.exists(os.path.join(path, "model.safetensors.index.json")):
-        with open(os.path.join(path, "model.safetensors.index.json"), encoding="utf-8") as f:
-            shards = sorted(set(json.load(f)["weight_map"].values()))
-    found = {}
-    for shard in shards:
+        raise InputError(f"{path}: pip install safetensors, to read a public model's weights") from None
+    index, found = {"weight_map": {"all": "model.safetensors"}}, {}
+    for shard in set(parsed(path, files, "model.safetensors.index.json", index)["weight_map"].values()):
         try:
             f = safe_open(os.path.join(path, shard), framework="pt")
         except (OSError, SafetensorError) as e:
@@ -696,19 +698,27 @@ def public_weights(path, cfg, family, device):
     views = public_views(model, family)
     for name, view in views.items():
         if name not in found:
-            raise InputError(f"{path}: tensor {name} is missing; its shape should be {list(view.shape)}")
+            raise InputError(f"{path}: tensor {name} is missing, of shape {list(view.shape)}")
         f, own = found[name]
         kind, shape = f.get_slice(own).get_dtype(), f.get_slice(own).get_shape()
         if shape != list(view.shape) or kind not in ("F32", "BF16", "F16"):
             raise InputError(f"{path}: tensor {name} is {kind} {shape}; F32, BF16 or F16 {list(view.shape)} is needed")
         view.copy_(f.get_tensor(own))
-    head = found.get("lm_head.weight")
-    if cfg.tied and head and torch.equal(head[0].get_tensor(head[1]).to(device, torch.float32), model.unembedding):
-        del found["lm_head.weight"]                                       # the same again
-    for name in found.keys() - views.keys():
+    f, own = found.get("lm_head.weight", (None, None))
+    if cfg.tied and f and torch.equal(f.get_tensor(own).to(model.unembedding), model.unembedding):
+        del found["lm_head.weight"]                                       # the embedding once more
+    for name in sorted(found.keys() - views.keys()):
         if not re.search(r"rotary_emb\.inv_freq$|attn\.(masked_)?bias$", name):              # tables, not weights
-            raise InputError(f"{path}: tensor {name} has no place in {family} as config.json describes it")
+            raise InputError(f"{path}: tensor {name} has no place in the {family} that config.json describes")
     return model
+
+
+@functools.cache
+def alphabet():
+    """Byte -> the letter that byte-level vocabularies write for it: itself if printable, else one from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def merged(token, ranks):
@@ -717,210 +727,198 @@ def merged(token, ranks):
     while len(parts) > 2:
         pairs = [ranks.get(a + b, ranks[token]) for a, b in zip(parts, parts[1:])]
         i = pairs.index(min(pairs))
-        if pairs[i] >= ranks[token]:
+        if pairs[i] == ranks[token]:
             break
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return tuple(parts)
+    return parts
 
 
-def alphabet():
-    """The letter that byte-level vocabularies write for each byte: itself if it is printable, else one from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+def spelled(token):
+    """Bytes in the letters of a byte-level vocabulary."""
+    return "".join(map(alphabet().get, token))
+
+
+def tokenizer_json(vocab, pattern, nfc, added, first=(), merges=None):
+    """What the `tokenizers` package reads, as an object. vocab is in letters; merges are found where there are none;
+    first names the tokens that every text begins with."""
+    letter = alphabet()
+    byte, ids = {x: b for b, x in letter.items()}, {x["content"]: x["id"] for x in added}
+    found, ranks = merges is None, {bytes(byte[x] for x in token): i for token, i in vocab.items() if token not in ids}
+    if found:
+        halves = [merged(token, ranks) for token in sorted(ranks, key=ranks.get)]
+        merges = [["".join(letter[b] for b in half) for half in pair] for pair in halves if len(pair) == 2]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    begin = [{"SpecialToken": {"id": x, "type_id": 0}} for x in first]
+    pair = [{"Sequence": {"id": x, "type_id": i}} for i, x in enumerate("AB")]
+    template = {"type": "TemplateProcessing", "single": begin + pair[:1], "pair": begin + pair,
+                "special_tokens": {x: {"id": x, "ids": [ids[x]], "tokens": [x]} for x in first}}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [flags | x for x in added],
+            "normalizer": {"type": "NFC"} if nfc else None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+            "post_processor": template if first else level, "decoder": level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": found,
+                      "vocab": vocab, "merges": merges}}
+
+
+def older_tokenizer(path, files, family):
+    """vocab.json with merges.txt (GPT-2, Qwen), or a tiktoken file (Llama 3), as tokenizer.json."""
+    added = parsed(path, files, "tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    added = {x["content"]: x | {"id": int(i)} for i, x in added.items()}
+    if "vocab.json" in files and "merges.txt" in files and family != "llama":
+        vocab = parsed(path, files, "vocab.json")
+        more = parsed(path, files, "added_tokens.json", {}) | {x: vocab[x] for x in ["<|endoftext|>"] if x in vocab}
+        added = {x: {"content": x, "id": i, "special": True} for x, i in more.items()} | added
+        merges = [line for line in files["merges.txt"].splitlines() if line and not line.startswith("#version")]
+        return tokenizer_json(vocab, SPLIT[family], family != "gpt2", added.values(), merges=merges)
+    if "tokenizer.model" not in files:
+        raise InputError(f"{path}: it has no tokenizer.json, no tiktoken file and, for GPT-2 or Qwen, no vocab.json with "
+                         f"merges.txt")
+    try:
+        lines = [line.split() for line in files["tokenizer.model"].splitlines() if line]
+        vocab = {spelled(base64.b64decode(x, validate=True)): int(i) for x, i in lines}
+    except ValueError:
+        raise InputError(f"{path}: no tiktoken Encoding can stand for its tokenizer: tokenizer.model is no tiktoken file, "
+                         f"and SentencePiece, as in Llama 2, is no byte-level BPE") from None
+    llama3 = {x: {"content": x, "id": len(vocab) + i, "special": True} for i, x in LLAMA3.items()}
+    return tokenizer_json(vocab, SPLIT["llama"], False, (added or llama3).values(), first=[LLAMA3[0]])
 
 
 def public_tokenizer(path, files, chat="auto", system=""):
-    """tokenizer.json, vocab.json with merges.txt, or a tiktoken file, as Llama 3 has it -> Tokenizer, or why not.
+    """tokenizer.json -> Tokenizer, or in one line why it cannot be.
 
-    tiktoken joins the pair whose union has the lowest id, the others the pair that comes first in their list of merges.
-    The two agree if the last merge of every token is in the list, and these stand in the order of the ids.
+    tiktoken joins the two neighbours whose union has the lowest id; a BPE file the two that come first in its list of
+    merges. They agree on every text if the last merge of every token, that which byte-pair encoding of its own bytes
+    arrives at, is in the list, and these stand in the order of the ids.
     """
     def refuse(why):
         raise InputError(f"{path}: no tiktoken Encoding can stand for its tokenizer: {why}")
 
-    cfg, family = public_config(path, files), parsed(path, files, "config.json")["model_type"]
-    settings = parsed(path, files, "tokenizer_config.json", {})
-    byte = {letter: b for b, letter in alphabet().items()}
-    added = [x | {"id": int(i)} for i, x in settings.get("added_tokens_decoder", {}).items()]
-    pattern, nfc, first, merges, loose = SPLIT[family], family.startswith("qwen"), [], None, False
-    if "tokenizer.json" in files:
-        t = parsed(path, files, "tokenizer.json")
-        vocab, merges, loose = t["model"].get("vocab"), t["model"].get("merges"), t["model"].get("ignore_merges")
-        added = t.get("added_tokens") or []
-        if t["model"].get("type") != "BPE":
-            refuse(f"its model is {t['model'].get('type')}, not byte-level BPE")
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-            if t["model"].get(name):
-                refuse(f'"{name}": {t["model"][name]!r}')
-        listed = lambda x, steps: [] if x is None else x[steps] if x["type"] == "Sequence" else [x]
-        normal = [x["type"] for x in listed(t.get("normalizer"), "normalizers")]
-        if normal not in ([], ["NFC"]):
-            refuse(f"normaliser {', '.join(normal)}")
-        nfc, steps = bool(normal), listed(t.get("pre_tokenizer"), "pretokenizers")
-        names = [x["type"] for x in steps]
-        if names not in (["ByteLevel"], ["Split", "ByteLevel"]) or steps[-1].get("add_prefix_space"):
-            refuse(f"pre-tokeniser {', '.join(names)}" + " with add_prefix_space" * ("ByteLevel" in names))
-        pattern = SPLIT["gpt2"] if steps[-1].get("use_regex", True) else r"(?s:.+)"
-        if len(steps) == 2:
-            pattern = steps[0]["pattern"].get("Regex")
-            if not pattern or steps[0]["behavior"] != "Isolated" or steps[0].get("invert") or steps[1].get("use_regex", True):
-                refuse(f"a split other than an isolated regular expression: {steps[0]}")
-        for x in listed(t.get("post_processor"), "processors"):
-            if x["type"] == "TemplateProcessing":
-                around = [list(piece) for piece in x["single"]]
-                if around[-1] != ["Sequence"]:
-                    refuse("it adds a token behind every text")
-                first = [i for piece in x["single"][:-1] for i in x["special_tokens"][piece["SpecialToken"]["id"]]["ids"]]
-            elif x["type"] != "ByteLevel":
-                refuse(f"post-processor {x['type']}")
-    elif "vocab.json" in files and "merges.txt" in files and family != "llama":
-        vocab = parsed(path, files, "vocab.json")
-        merges = [line for line in files["merges.txt"].split("\n") if line and not line.startswith("#version")]
-        added += [{"content": x, "id": i} for x, i in parsed(path, files, "added_tokens.json", {}).items()]
-        added += [{"content": x, "id": vocab[x], "special": True} for x in ("<|endoftext|>",) if x in vocab]
-    elif "tokenizer.model" in files:
-        try:
-            lines = [line.split() for line in files["tokenizer.model"].splitlines() if line]
-            vocab = {"".join(alphabet()[b] for b in base64.b64decode(x, validate=True)): int(i) for x, i in lines}
-        except ValueError:
-            refuse("tokenizer.model is no tiktoken file; SentencePiece, as in Llama 2, is no byte-level BPE")
-        names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 8: "eom_id", 9: "eot_id"}
-        added = added or [{"content": f"<|{x}|>", "id": len(vocab) + i, "special": True} for i, x in names.items()]
-        first = [x["id"] for x in added if x["content"] == "<|begin_of_text|>"]
+    family, cfg = public_config(path, files)
+    t, settings = parsed(path, files, "tokenizer.json"), parsed(path, files, "tokenizer_config.json", {})
+    bpe, added, first = t["model"], t.get("added_tokens") or [], []
+    on = [name for name, x in bpe.items() if x and name not in ("type", "vocab", "merges", "ignore_merges", "unk_token", "fuse_unk")]
+    if bpe.get("type") != "BPE" or on:
+        refuse(f"its model is {bpe.get('type')}" + f" with {', '.join(on)}" * bool(on))
+    listed = lambda x, steps: [] if x is None else x[steps] if x["type"] == "Sequence" else [x]
+    normal = listed(t.get("normalizer"), "normalizers")
+    if normal not in ([], [{"type": "NFC"}]):
+        refuse(f"its normaliser is {normal}")
+    cuts = [({"use_regex": True} if x["type"] == "ByteLevel" else {}) | x for x in listed(t.get("pre_tokenizer"), "pretokenizers")]
+    cuts = [{name: y for name, y in x.items() if name != "trim_offsets"} for x in cuts]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    split = {"type": "Split", "pattern": cuts[0].get("pattern") if cuts else None, "behavior": "Isolated", "invert": False}
+    if cuts == [split, level]:
+        pattern = split["pattern"]["Regex"]
+    elif cuts in ([level], [level | {"use_regex": True}]):
+        pattern = SPLIT["gpt2"] if cuts[0]["use_regex"] else r"[\s\S]+"
     else:
-        refuse("there is no tokenizer.json, no tiktoken file, and for GPT-2 and Qwen no vocab.json with merges.txt")
-
-    special = {x["content"]: x["id"] for x in added}
+        refuse(f"its pre-tokeniser is {cuts}")
+    for x in listed(t.get("post_processor"), "processors"):
+        if x["type"] == "TemplateProcessing" and "Sequence" in x["single"][-1]:
+            first = [i for y in x["single"][:-1] for i in x["special_tokens"][y["SpecialToken"]["id"]]["ids"]]
+        elif x["type"] != "ByteLevel":
+            refuse(f"its post-processor is {x['type']}, or adds a token behind the text")
     for x in added:
         if x.get("lstrip") or x.get("rstrip") or x.get("single_word"):
-            refuse(f"the added token {x['content']!r} takes its surroundings into account")
-    try:
-        ranks = {bytes(byte[letter] for letter in x): i for x, i in vocab.items() if x not in special}
-        ids = sorted(ranks.values())
-    except (KeyError, AttributeError) as e:
-        refuse(f"its vocabulary is not byte-level ({e})")
-    lacks = [b for b in range(256) if bytes([b]) not in ranks]
-    if lacks:
-        refuse(f"the byte {lacks[0]} has no token")
-    if merges is not None:
-        place = {}
-        for i, x in enumerate(merges):
-            a, b = x.split(" ") if isinstance(x, str) else x
-            place[tuple(bytes(byte[letter] for letter in half) for half in (a, b))] = i
-        last = -1
-        for token in sorted(ranks, key=ranks.get):
-            parts = merged(token, ranks)
-            if len(parts) == 2 and parts in place and place[parts] > last:
-                last = place[parts]
-            elif len(parts) == 2 or len(parts) > 2 and not loose:
-                refuse(f"the merges that make {token!r} are not in the order of the ids")
-    top = max(ids[-1], *special.values())
+            refuse(f"the added token {x['content']!r} looks at its surroundings")
+
+    special, byte = {x["content"]: x["id"] for x in added}, {letter: b for b, letter in alphabet().items()}
+    strange = [x for x in bpe["vocab"] if x not in special and not byte.keys() >= set(x)]
+    lacking = [x for x in byte if x not in bpe["vocab"]]
+    if strange or lacking:
+        refuse(f"its vocabulary is not byte-level, see {(strange or lacking)[0]!r}")
+    bytes_of = lambda text: bytes(byte[letter] for letter in text)
+    ranks = {bytes_of(x): i for x, i in bpe["vocab"].items() if x not in special}
+    pairs = [x.split(" ") if isinstance(x, str) else x for x in bpe["merges"]]
+    place, last = {(bytes_of(a), bytes_of(b)): i for i, (a, b) in enumerate(pairs)}, -1
+    for token in sorted(ranks, key=ranks.get):
+        parts = merged(token, ranks)
+        if len(parts) == 2:
+            last, before = place.get(tuple(parts), -1), last
+        if len(parts) == 2 and last <= before or len(parts) > 2 and not bpe.get("ignore_merges"):
+            refuse(f"its merges are not those that the ids imply: {token!r} is made of {parts}")
+    top = max(*ranks.values(), *special.values())
     if top >= cfg.vocab:
         refuse(f"it has the id {top}, and the model {cfg.vocab} rows")
 
     template = files.get("chat_template.jinja") or settings.get("chat_template") or ""
     if isinstance(template, list):
         template = {x["name"]: x["template"] for x in template}.get("default", "")
-    fits = lambda marks, where: all(x in where for x in marks)
-    known = [x for x, marks in CHAT.items() if fits(marks, special) and fits(marks[-1:], template or special)]
+    known = [x for x, marks in CHAT.items() if special.keys() >= set(marks) and marks[-1] in (template or marks)]
     if template and not known and chat != "plain":
         refuse("its chat template is neither ChatML nor Llama 3's; --chat plain goes without")
-    own = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)      # Qwen 2.5 has a line of its own
-    name = hashlib.sha256(repr((pattern, nfc, first, sorted(ranks.items()), special)).encode()).hexdigest()[:12]
-    return Tokenizer(f"{family} {name}", pattern, ranks, special, end=cfg.stop[0], first=first, nfc=nfc, vocab=cfg.vocab,
-                     plain=[x["content"] for x in added if not x.get("special")], chat=(known or [""])[0],
-                     turns=bool(known) and bool(template) if chat == "auto" else chat == "chat",
-                     system=system or (own[1] if own else ""), files=files)
+    own = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)           # Qwen 2.5 opens with one
+    name = hashlib.sha256(repr((pattern, normal, first, sorted(ranks.items()), special)).encode()).hexdigest()[:12]
+    tokenizer = Tokenizer(f"{family} {name}", pattern, ranks, special, end=cfg.stop[0], first=first, nfc=bool(normal),
+                          plain=[x["content"] for x in added if not x.get("special")], vocab=cfg.vocab,
+                          chat=(known or [""])[0], turns=bool(known and template) if chat == "auto" else chat == "chat",
+                          system=system or (own[1] if own else ""), files=files)
+    probe = "aA1 \u00e9\u6f22\u0e01\u0301\U0001f642\t\r\n  _\x00\u200b.\ud7ff"
+    if tokenizer.decode(tokenizer.encode_ordinary(probe)) != (unicodedata.normalize("NFC", probe) if normal else probe):
+        refuse("its split pattern leaves parts of a text out")
+    return tokenizer
 
 
 def read_public(path, device="cpu", chat="auto", system=""):
     """A folder with config.json, *.safetensors and tokenizer files -> model, tokenizer."""
     files = {}
     for name in FILES:
-        if os.path.exists(os.path.join(path, name)) and (name in FILES[:7] or "tokenizer.json" not in files):
+        if os.path.exists(os.path.join(path, name)):
             with open(os.path.join(path, name), encoding="utf-8", errors="replace") as f:
                 files[name] = f.read()
-    cfg, family = public_config(path, files), parsed(path, files, "config.json")["model_type"]
+    family, cfg = public_config(path, files)
     try:
-        tokenizer = public_tokenizer(path, files, chat, system)
+        if "tokenizer.json" not in files:
+            files["tokenizer.json"] = json.dumps(older_tokenizer(path, files, family))
+        tokenizer = public_tokenizer(path, {name: files[name] for name in FILES[:6] if name in files}, chat, system)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
         raise InputError(f"{path}: its tokenizer files are not as expected ({type(e).__name__}: {e})") from None
     if tokenizer.chat:
         cfg.stop = tuple(dict.fromkeys((*cfg.stop, tokenizer.turn_end)))
-    return public_weights(path, cfg, family, device), tokenizer
-
-
-def tokenizer_json(tokenizer):
-    """The tokenizer as the `tokenizers` package writes it, for one that has no such file of its own."""
-    letter, ranks = alphabet(), tokenizer._mergeable_ranks
-    spell = lambda token: "".join(letter[b] for b in token)
-    parts = [merged(token, ranks) for token in sorted(ranks, key=ranks.get)]
-    split = [{"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated", "invert": False}]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    added = [{"id": i, "content": x, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": x not in tokenizer.plain} for x, i in sorted(tokenizer.marks.items(), key=lambda x: x[1])]
-    name = {i: x for x, i in tokenizer.marks.items()}
-    begin = [{"SpecialToken": {"id": name[i], "type_id": 0}} for i in tokenizer.first]
-    pair = [{"Sequence": {"id": x, "type_id": i}} for i, x in enumerate("AB")]
-    begins = {"type": "TemplateProcessing", "single": begin + pair[:1], "pair": begin + pair,
-              "special_tokens": {name[i]: {"id": name[i], "ids": [i], "tokens": [name[i]]} for i in tokenizer.first}}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-            "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": split + [level]},
-            "post_processor": begins if begin else level, "decoder": level,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                      "vocab": {spell(token): i for token, i in ranks.items()},
-                      "merges": [[spell(half) for half in pair] for pair in parts if len(pair) == 2]}}
+    return public_weights(path, files, family, cfg, device), tokenizer
 
 
 def write_public(folder, model, tokenizer):
-    """What read_public reads, and transformers: float32 weights; the files that came with the model go with it."""
+    """What read_public and transformers read: float32 weights; the files that came with a model go with it."""
     try:
         from safetensors.torch import save_file
     except ImportError:
-        raise InputError(f"{folder}: pip install safetensors to write a public model") from None
-    cfg, files = model.cfg, dict(tokenizer.files)
-    family = ("gpt2" if cfg.positions == "learned" else "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama")
-    config = {theirs: getattr(cfg, ours) for ours, theirs in (GPT2_SIZES if family == "gpt2" else SIZES).items()}
-    config |= {"model_type": family, "architectures": [FAMILIES[family]], "tie_word_embeddings": cfg.tied,
-               "bos_token_id": None}
-    if family != "gpt2":
-        config |= {"rope_theta": cfg.rope_base, "hidden_act": "silu"}
-    if family == "llama":
-        config |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
-    if cfg.rope_scaling:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        config["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(names, cfg.rope_scaling))
-    stop = {"eos_token_id": list(cfg.stop)}
-    config = (parsed(folder, files, "config.json") if files else config) | stop | {"torch_dtype": "float32"}
-    files["config.json"] = json.dumps(config, indent=2)
-    files["generation_config.json"] = json.dumps(parsed(folder, files, "generation_config.json", {}) | stop, indent=2)
-    told = public_config(folder, files)
-    for field, x in asdict(cfg).items():
-        if getattr(told, field) != x:
-            raise InputError(f"{folder}: a {family} config.json cannot say {field} = {x}")
-    if "tokenizer.json" not in files:
-        files["tokenizer.json"] = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
-    if "tokenizer_config.json" not in files:
-        end = next(x for x, i in tokenizer.marks.items() if i == tokenizer.end)
-        files["tokenizer_config.json"] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
-    if tokenizer.turns and not tokenizer.files:
-        turn = "<|im_start|>{}\n{}<|im_end|>\n".format
-        system = "{%% if messages[0]['role'] != 'system' %%}%s{%% endif %%}" % turn("system", tokenizer.system)
-        files["chat_template.jinja"] = (
-            system * bool(tokenizer.system) + "{% for m in messages %}" + turn("{{ m['role'] }}", "{{ m['content'] }}")
-            + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+        raise InputError(f"{folder}: pip install safetensors, to write a public model") from None
     if os.path.exists(folder):
         raise InputError(f"{folder}: it exists already; name a new folder")
-    part = folder.rstrip("/") + ".tmp"
+    cfg, files, stop = model.cfg, dict(tokenizer.files), {"eos_token_id": list(model.cfg.stop)}
+    family = "gpt2" if cfg.positions == "learned" else "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
+    if not files:
+        config = {name: getattr(cfg, ours) for ours, name in (GPT2_SIZES if family == "gpt2" else SIZES).items()}
+        config |= {"model_type": family, "architectures": [FAMILIES[family]], "tie_word_embeddings": cfg.tied,
+                   "bos_token_id": None}
+        if family != "gpt2":
+            scaling = {"rope_type": "llama3"} | dict(zip(ROPE, cfg.rope_scaling)) if cfg.rope_scaling else None
+            config |= {"rope_theta": cfg.rope_base, "rope_scaling": scaling}
+        if family == "llama":
+            config |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
+        name = {i: x for x, i in tokenizer.marks.items()}
+        added = [{"content": x, "id": i, "special": True} for x, i in tokenizer.marks.items()]
+        vocab = {spelled(token): i for token, i in tokenizer._mergeable_ranks.items()}
+        files = {"config.json": json.dumps(config), "tokenizer.json": json.dumps(tokenizer_json(vocab, tokenizer._pat_str, False, added)),
+                 "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name[tokenizer.end]})}
+    config = parsed(folder, files, "config.json") | stop | {"torch_dtype": "float32"}
+    files["config.json"] = json.dumps(config, indent=2)
+    files["generation_config.json"] = json.dumps(parsed(folder, files, "generation_config.json", {}) | stop, indent=2)
+    told = asdict(public_config(folder, files)[1])
+    for field, x in asdict(cfg).items():
+        if told[field] != x:
+            raise InputError(f"{folder}: a {family} config.json cannot say {field} = {x}")
+    part = os.path.normpath(folder) + ".tmp"
     os.makedirs(part, exist_ok=True)
     for name, text in files.items():
         with open(os.path.join(part, name), "w", encoding="utf-8") as f:
             f.write(text)
-    tensors = {name: x.contiguous() for name, x in public_views(model, family).items()}
-    save_file(tensors, os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
+    save_file({name: x.contiguous() for name, x in public_views(model, family).items()},
+              os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
     os.replace(part, folder)
 
 
@@ -1326,7 +1324,7 @@ def memory_plan(device, optimizer, models, frozen=(), budget=0, rollout=0):
             "frozen": sum(size(x) for x in frozen if x), "bf16 copies": size(models[0]) // 2 if e == 2 else 0,
             "cache": max(rollout, EVALUATED) * 2 * cfg.layers * K * D * e,
             "activations": budget * kept, "logits": 2 * 4 * LinearLogp.CHUNK + cfg.vocab * C * (4 + (e == 2) * 2)}
-    most = sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
+    most = sum(plan.values()) - min(plan["cache"], plan["activations"])
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     unit, scale = ("GiB", 2 ** 30) if most > 2 ** 30 else ("MiB", 2 ** 20)
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
@@ -1520,7 +1518,7 @@ def parse_config(Config, argv=None):
         ours = inspect.getmodule(Config).__dict__.get("PUBLIC", {})
         if ours and is_public(cfg.init):
             parser.set_defaults(**ours)
-            print(f"{cfg.init} is a public model: defaults are {', '.join(f'--{x} {y}' for x, y in ours.items())}")
+            print(f"{cfg.init} is or was made from a public model: defaults are {', '.join(f'--{x} {y}' for x, y in ours.items())}")
         return parsed()
     path = os.path.join(cfg.out, "config.json")
     if not os.path.exists(path):

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import dapo
 import grpo
+import ppo
 import sft
 from conftest import PROMPTS, gradients, tiny
 from grpo import group_advantage, grpo_loss, kl_k3
@@ -253,3 +255,14 @@ def test_the_rule_of_the_built_in_task():
     for text, right in [("13,20#20", 1), ("#20", 1), ("13,20#2", 0), ("13,20#020", 0), ("13,20#20 ", 0), ("13,20#20#", 0), ("#20#20", 0),
                         ("20", 0), ("", 0), ("#", 0), ("99,99#20", 1), ("5+8+7=#20", 1), ("13,20# 20", 0)]:
         assert grpo.score(row, text) == right, text
+
+
+def test_the_format_reward_is_a_bonus_of_the_rule_alone():
+    """Right or wrong as before, and what accuracy is does not change; a cut answer earns none of it."""
+    rows = [{"answer": "42"}] * 5
+    texts = ["so #### 42", "so 42", "so #### 41", "so 41", None]
+    mask = torch.ones(5, 3)
+    for script in (grpo, ppo, dapo):
+        reward, gold = script.rewards(script.Config(format_reward=0.25), None, rows, torch.zeros(5, 3), mask, texts)
+        assert reward.tolist() == [1.25, 1, .25, 0, 0] and gold.tolist() == [1, 1, 0, 0, 0]
+        assert script.rewards(script.Config(), None, rows, torch.zeros(5, 3), mask, texts)[0].tolist() == [1, 1, 0, 0, 0]

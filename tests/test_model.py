@@ -1,6 +1,8 @@
 """The transformer: fused log-probs, the cache, sampling, the scalar head, checkpoints and the tokenizer.   python -m pytest tests/test_model.py"""
+import json
 import math
 import os
+import sys
 
 import pytest
 import torch
@@ -444,3 +446,59 @@ def test_chat_trains_the_assistant_and_the_mark_that_ends_its_turn():
                                "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\nok<|im_end|>")
     assert tok.decode([i for i, m in zip(ids, mask) if m]) == "yo<|im_end|>ok<|im_end|>"
     assert ids.count(258) == 4                                   # the user's own text made none
+
+
+def test_a_lone_prompt_may_be_a_users_turn_and_a_checkpoint_keeps_how_prompts_are_written(tmp_path):
+    row, tok = {"prompt": "2+2?\n"}, make_tokenizer(turns=True, system="Be brief.")
+    asked = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert tok.decode(M.prompt_ids(tok, row)) == asked
+    tokens, mask = M.encode_answer(tok, row, "4")
+    assert tok.decode(tokens) == asked + "4<|im_end|>" and mask == [0] * (len(tokens) - 2) + [1, 1]
+    assert tok.decode(M.encode_answer(make_tokenizer(), row, "4")[0]) == "2+2?\n4<|endoftext|>"
+    own = {"messages": [dict(role="system", content="Sing."), dict(role="user", content="hi")]}
+    assert tok.decode(M.prompt_ids(tok, own)).startswith("<|im_start|>system\nSing.<|im_end|>\n<|im_start|>user\nhi")          # its own system line
+    save(tmp_path, tiny(dtype=torch.float32, vocab=259), tok)
+    for chat, system, says in (("auto", "", asked), ("plain", "", "2+2?\n"), ("chat", "Shout.", asked.replace("Be brief", "Shout"))):
+        assert tok.decode(M.prompt_ids(load(tmp_path, chat=chat, system=system)[1], row)) == says
+    with pytest.raises(InputError, match="--chat yes: must be auto, chat or plain"):
+        load(tmp_path, chat="yes")
+
+
+def test_llama_3s_chat_format():
+    marks = {x: 256 + i for i, x in M.LLAMA3.items()}
+    tok = M.Tokenizer("l", r"[\s\S]+", {bytes([i]): i for i in range(256)}, marks, end=257, first=[256], vocab=300, chat="llama3", turns=True)
+    assert tok.decode(M.prompt_ids(tok, {"prompt": " hi "})) == ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+                                                               "<|start_header_id|>assistant<|end_header_id|>\n\n")
+    ids, mask = M.encode_chat(tok, [dict(role="user", content="<|eot_id|>"), dict(role="assistant", content="yo"), dict(role="user", content="so"), dict(role="assistant", content="ok")])
+    assert tok.decode([i for i, m in zip(ids, mask) if m]) == "yo<|eot_id|>ok<|eot_id|>" and ids.count(265) == 4 and ids.count(256) == 1
+    assert tok.n_vocab == 300 and tok.decode([299]) and 299 not in tok.encode("<|unused_299|>", allowed_special="all")
+
+
+def test_normal_forms_and_added_tokens_are_cut_where_the_tokenizers_package_cuts():
+    """A special token is found before its neighbours are composed with it: > and U+0338 together are another letter."""
+    tok = M.Tokenizer("q", r"[\s\S]+", {bytes([i]): i for i in range(256)}, {"<|a|>": 256, "<b>": 257, "<b>>": 258}, end=256, nfc=True, plain=["<b>", "<b>>"])
+    assert tok.encode("<|a|>\u0338", allowed_special="all") == [256, *"\u0338".encode()]
+    assert tok.encode_ordinary("e\u0301") == list("é".encode()) and tok.encode_ordinary(">\u0338") == list("≯".encode())
+    assert tok.encode_ordinary("<b>>x<b>") == [258, ord("x"), 257]                               # the longest one
+    assert 256 not in tok.encode_ordinary("<|a|>")
+
+
+def test_a_folder_that_is_no_model_is_told_from_a_public_one(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(InputError, match=r'config.json: "model_type": "mamba" is not supported; gpt2, llama, qwen2, qwen3 are'):
+        load(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json holds no JSON object"):
+        load(str(tmp_path))
+    public = dict(model_type="llama", vocab_size=300, eos_token_id=299, **{x: 8 for x in M.SIZES.values() if x != "vocab_size"})
+    (tmp_path / "config.json").write_text(json.dumps(public))
+    with pytest.raises(InputError, match="no tokenizer.json, no tiktoken file"):
+        load(str(tmp_path))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    t = M.tokenizer_json({x: b for b, x in M.alphabet().items()}, M.SPLIT["gpt2"], False, [{"content": "<|end|>", "id": 299}])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(t | {"pre_tokenizer": level}))
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(InputError, match="pip install safetensors"):
+        load(str(tmp_path))
+    with pytest.raises(InputError, match="pip install safetensors"):
+        M.write_public(str(tmp_path / "out"), tiny(), make_tokenizer())

@@ -7,7 +7,7 @@ import pytest
 
 import grpo
 from conftest import ROOT
-from model import answer_number
+from model import answer_number, states_number
 
 TABLE = [
     # "####" first, the last one; then the last \boxed{}; then the last number
@@ -76,3 +76,18 @@ def test_gsm8k_right_and_wrong_solutions_are_told_apart():
     for pair in pairs:
         row = gold[pair["prompt"]]
         assert grpo.score(row, pair["chosen"]) == 1 and grpo.score(row, pair["rejected"]) == 0
+
+
+@pytest.mark.parametrize("text, stated", [
+    ("6 * 7 = 42\n#### 42", True), ("#### 42", True), ("#### 42.\n", True), ("#### $1,234.50 ", True), ("#### -3/4", True), ("#### 5%", True), (r"so it is \boxed{42}.", True),
+    (r"\boxed{\frac{3}{4}}", True), ("42", False), ("The answer is 42.", False), ("", False), ("####", False), ("#### 42 clips", False), ("#### 6 * 7 = 42", False), ("#### 42\nor 43", False),
+    ("#### 41\n#### 42", False), (r"\boxed{41} \boxed{42}", False), (r"\boxed{42} #### 42", False), ("######## 42", False), (r"\boxed{}", False), (r"\boxed{42", False), ("#### x", False)])
+def test_a_number_is_stated_once_and_alone(text, stated):
+    """Tags in plenty earn nothing: a format reward that counts them is hacked by writing all of them."""
+    assert states_number(text) is stated
+
+
+@HERE
+def test_every_gold_answer_states_its_number():
+    with open(os.path.join(DATA, "test.jsonl")) as f:
+        assert all(states_number(json.loads(line)["answer"]) for line in f)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-import tiktoken
 import torch
 
 import model as M
@@ -403,9 +402,12 @@ def test_a_reward_model_made_for_something_else_or_gone_wrong_is_refused(small, 
     policy, tokenizer = M.load(str(small))
     model, _ = M.load(str(judge))
     with monkeypatch.context() as patch:
-        patch.setattr(M, "load", lambda *a: (model, tiktoken.Encoding("gpt2", pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={})))
+        patch.setattr(M, "load", lambda *a: (model, M.Tokenizer("gpt2", ".", {b"a": 0}, {"b": 1}, end=1)))
         with pytest.raises(M.InputError, match="made for tokenizer gpt2, and the policy has bytes"):
             M.load_reward("out/x", policy, tokenizer)
+    for chat, system, says in ((True, "", "made for chat False, and the policy has True"), (False, "Hm.", "made for system line , and the policy has Hm.")):
+        with pytest.raises(M.InputError, match=says):
+            M.load_reward(str(judge), policy, M.make_tokenizer(turns=chat, system=system))
     other = lambda **more: M.ScalarModel(M.GPT(dataclasses.replace(model.trunk.cfg, mlp_width=0, head_dim=0, **more)))
     sick, _ = M.load(str(judge))
     sick.head.bias.data.fill_(float("nan"))
@@ -472,3 +474,20 @@ def test_each_rule_of_the_guard(stream, rule):
     verdicts = [guard.check(m) for m in stream]
     assert not any(verdicts[:-1])
     assert (verdicts[-1] is None) if rule is None else rule in verdicts[-1]
+
+
+def test_a_public_model_and_what_was_made_from_one_have_defaults_of_their_own(tmp_path, capsys):
+    """Its rates would ruin a pretrained model; what the user says comes first, and a resumed run keeps what it began with."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text('{"model_type": "qwen2"}')
+    for name, public in (("tuned", True), ("ours", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"script": "SFT", "public": public}))
+    for name in SCRIPTS:
+        script = importlib.import_module(name.removesuffix(".py"))
+        assert set(script.PUBLIC) <= {f.name for f in dataclasses.fields(script.Config)}
+        for init, public in (("hub", True), ("tuned", True), ("ours", False), ("nothing", False)):
+            cfg = M.parse_config(script.Config, ["--init", str(tmp_path / init), "--max_new", "7"])
+            want = dataclasses.asdict(script.Config()) | (script.PUBLIC if public else {}) | {"init": str(tmp_path / init), "max_new": 7}
+            assert dataclasses.asdict(cfg) == want
+            assert ("public model" in capsys.readouterr().out) is public

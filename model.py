@@ -537,7 +537,8 @@ def encode_chat(tokenizer, messages):
         if tokenizer.chat == "chatml":
             head, body, gap = mark[0] + text(m["role"] + "\n"), text(m["content"]) + mark[1], text("\n")
         else:
-            head, body, gap = mark[0] + text(m["role"]) + mark[1] + text("\n\n"), text(m["content"].strip()) + mark[2], []
+            head, gap = mark[0] + text(m["role"]) + mark[1] + text("\n\n"), []
+            body = text(m["content"].strip()) + mark[2]
         ids += head + body + gap
         mask += [0] * len(head) + [int(m["role"] == "assistant")] * len(body) + [0] * len(gap)
     return ids[:len(ids) - len(gap)], mask[:len(ids) - len(gap)]
@@ -596,10 +597,9 @@ GPT2_PARTS = {"embedding": "wte", "position": "wpe", "norm1": "ln_1", "norm2": "
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ONLY = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"], "scale_attn_weights": [True],
         "partial_rotary_factor": [1.0]}                                   # options, and all that GPT can do of them
-NO_MATTER = """_name_or_path transformers_version torch_dtype dtype use_cache initializer_range n_ctx pretraining_tp
-    attention_dropout attn_pdrop embd_pdrop resid_pdrop bos_token_id pad_token_id max_window_layers sliding_window
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    reorder_and_upcast_attn gradient_checkpointing is_decoder unsloth_version unsloth_fixed""".split()
+NO_MATTER = (r"_|unsloth_|summary_|.+_pdrop$|(attention_dropout|transformers_version|torch_dtype|dtype|use_cache|n_ctx|"
+             r"initializer_range|pretraining_tp|bos_token_id|pad_token_id|max_window_layers|sliding_window|is_decoder|"
+             r"task_specific_params|reorder_and_upcast_attn|gradient_checkpointing)$")
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "tokenizer.json", "model.safetensors.index.json", "vocab.json", "merges.txt",
          "added_tokens.json", "tokenizer.model")                          # the first six go where the model goes
@@ -658,7 +658,7 @@ def public_config(path, files):
         refuse("eos_token_id", None, "; some id must end an answer")
     c |= {"eos_token_id": 0, "layer_types": [x for x in c.get("layer_types") or [] if x != "full_attention"]}
     for name, x in c.items():
-        if name not in NO_MATTER and (x not in ONLY[name] if name in ONLY else x):
+        if not re.match(NO_MATTER, name) and (x not in ONLY[name] if name in ONLY else x):
             refuse(name, x, f"; {', '.join(map(str, ONLY[name]))} is" if name in ONLY else "")
     return family, GPTConfig(**ours, stop=tuple(dict.fromkeys(stop)))
 
@@ -686,7 +686,7 @@ def public_weights(path, files, family, cfg, device):
     except ImportError:
         raise InputError(f"{path}: pip install safetensors, to read a public model's weights") from None
     index, found = {"weight_map": {"all": "model.safetensors"}}, {}
-    for shard in set(parsed(path, files, "model.safetensors.index.json", index)["weight_map"].values()):
+    for shard in set(parsed(path, files, "model.safetensors.index.json", index).get("weight_map", {}).values()):
         try:
             f = safe_open(os.path.join(path, shard), framework="pt")
         except (OSError, SafetensorError) as e:
@@ -713,12 +713,18 @@ def public_weights(path, files, family, cfg, device):
     return model
 
 
-@functools.cache
-def alphabet():
-    """Byte -> the letter that byte-level vocabularies write for it: itself if printable, else one from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+PRINTED = [*range(33, 127), *range(161, 173), *range(174, 256)]      # bytes that stand for themselves in a vocabulary
+LETTER = {b: chr(b) for b in PRINTED} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(PRINTED)))}
+BYTE = {letter: b for b, letter in LETTER.items()}
+
+
+def spelled(token):
+    """Bytes in the letters of a byte-level vocabulary."""
+    return "".join(map(LETTER.get, token))
+
+
+def unspelled(text):
+    return bytes(map(BYTE.get, text))
 
 
 def merged(token, ranks):
@@ -733,20 +739,30 @@ def merged(token, ranks):
     return parts
 
 
-def spelled(token):
-    """Bytes in the letters of a byte-level vocabulary."""
-    return "".join(map(alphabet().get, token))
+def unlike(ranks, pairs, loose):
+    """A token that tiktoken's rule and a list of merges do not make in the same way, and its parts; None if none is.
+
+    tiktoken joins the two neighbours whose union has the lowest id, a BPE file the two that come first in its list.
+    They agree on every text if for each token the last merge, the pair that its own bytes come to, is in the list, and
+    these pairs stand in the order of the ids. loose: a token without such a pair is known by its whole word
+    (ignore_merges).
+    """
+    place, last = {pair: i for i, pair in enumerate(pairs)}, -1
+    for token in sorted(ranks, key=ranks.get):
+        parts = tuple(merged(token, ranks))
+        if len(parts) == 2 and place.get(parts, -1) <= last or len(parts) > 2 and not loose:
+            return token, parts
+        last = place[parts] if len(parts) == 2 else last
 
 
 def tokenizer_json(vocab, pattern, nfc, added, first=(), merges=None):
     """What the `tokenizers` package reads, as an object. vocab is in letters; merges are found where there are none;
     first names the tokens that every text begins with."""
-    letter = alphabet()
-    byte, ids = {x: b for b, x in letter.items()}, {x["content"]: x["id"] for x in added}
-    found, ranks = merges is None, {bytes(byte[x] for x in token): i for token, i in vocab.items() if token not in ids}
+    ids, found = {x["content"]: x["id"] for x in added}, merges is None
     if found:
-        halves = [merged(token, ranks) for token in sorted(ranks, key=ranks.get)]
-        merges = [["".join(letter[b] for b in half) for half in pair] for pair in halves if len(pair) == 2]
+        ranks = {unspelled(token): i for token, i in vocab.items() if token not in ids}
+        pairs = [merged(token, ranks) for token in sorted(ranks, key=ranks.get)]
+        merges = [list(map(spelled, pair)) for pair in pairs if len(pair) == 2]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     begin = [{"SpecialToken": {"id": x, "type_id": 0}} for x in first]
@@ -774,47 +790,40 @@ def older_tokenizer(path, files, family):
         merges = [line for line in files["merges.txt"].splitlines() if line and not line.startswith("#version")]
         return tokenizer_json(vocab, SPLIT[family], family != "gpt2", added.values(), merges=merges)
     if "tokenizer.model" not in files:
-        raise InputError(f"{path}: it has no tokenizer.json, no tiktoken file and, for GPT-2 or Qwen, no vocab.json with "
-                         f"merges.txt")
+        raise InputError(f"{path}: it has no tokenizer.json, no tiktoken file, and no vocab.json with merges.txt of "
+                         f"GPT-2 or Qwen")
     try:
         lines = [line.split() for line in files["tokenizer.model"].splitlines() if line]
         vocab = {spelled(base64.b64decode(x, validate=True)): int(i) for x, i in lines}
     except ValueError:
-        raise InputError(f"{path}: no tiktoken Encoding can stand for its tokenizer: tokenizer.model is no tiktoken file, "
-                         f"and SentencePiece, as in Llama 2, is no byte-level BPE") from None
+        raise InputError(f"{path}: no tiktoken Encoding can stand for its tokenizer: tokenizer.model is no tiktoken "
+                         f"file, and SentencePiece, as in Llama 2, is no byte-level BPE") from None
     llama3 = {x: {"content": x, "id": len(vocab) + i, "special": True} for i, x in LLAMA3.items()}
     return tokenizer_json(vocab, SPLIT["llama"], False, (added or llama3).values(), first=[LLAMA3[0]])
 
 
 def public_tokenizer(path, files, chat="auto", system=""):
-    """tokenizer.json -> Tokenizer, or in one line why it cannot be.
-
-    tiktoken joins the two neighbours whose union has the lowest id; a BPE file the two that come first in its list of
-    merges. They agree on every text if the last merge of every token, that which byte-pair encoding of its own bytes
-    arrives at, is in the list, and these stand in the order of the ids.
-    """
+    """tokenizer.json -> Tokenizer, or in one line why it cannot be."""
     def refuse(why):
         raise InputError(f"{path}: no tiktoken Encoding can stand for its tokenizer: {why}")
 
     family, cfg = public_config(path, files)
     t, settings = parsed(path, files, "tokenizer.json"), parsed(path, files, "tokenizer_config.json", {})
     bpe, added, first = t["model"], t.get("added_tokens") or [], []
-    on = [name for name, x in bpe.items() if x and name not in ("type", "vocab", "merges", "ignore_merges", "unk_token", "fuse_unk")]
-    if bpe.get("type") != "BPE" or on:
-        refuse(f"its model is {bpe.get('type')}" + f" with {', '.join(on)}" * bool(on))
     listed = lambda x, steps: [] if x is None else x[steps] if x["type"] == "Sequence" else [x]
+
+    # what is done to a text before and after the merges
     normal = listed(t.get("normalizer"), "normalizers")
     if normal not in ([], [{"type": "NFC"}]):
         refuse(f"its normaliser is {normal}")
-    cuts = [({"use_regex": True} if x["type"] == "ByteLevel" else {}) | x for x in listed(t.get("pre_tokenizer"), "pretokenizers")]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    cuts = [(level if x["type"] == "ByteLevel" else {}) | x for x in listed(t.get("pre_tokenizer"), "pretokenizers")]
     cuts = [{name: y for name, y in x.items() if name != "trim_offsets"} for x in cuts]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    split = {"type": "Split", "pattern": cuts[0].get("pattern") if cuts else None, "behavior": "Isolated", "invert": False}
-    if cuts == [split, level]:
-        pattern = split["pattern"]["Regex"]
-    elif cuts in ([level], [level | {"use_regex": True}]):
-        pattern = SPLIT["gpt2"] if cuts[0]["use_regex"] else r"[\s\S]+"
-    else:
+    pattern = cuts[0].get("pattern", {}).get("Regex") if cuts else None
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    if cuts in ([level], [level | {"use_regex": False}]):
+        pattern = SPLIT["gpt2"] if cuts == [level] else r"[\s\S]+"
+    elif cuts != [split, level | {"use_regex": False}]:
         refuse(f"its pre-tokeniser is {cuts}")
     for x in listed(t.get("post_processor"), "processors"):
         if x["type"] == "TemplateProcessing" and "Sequence" in x["single"][-1]:
@@ -825,32 +834,33 @@ def public_tokenizer(path, files, chat="auto", system=""):
         if x.get("lstrip") or x.get("rstrip") or x.get("single_word"):
             refuse(f"the added token {x['content']!r} looks at its surroundings")
 
-    special, byte = {x["content"]: x["id"] for x in added}, {letter: b for b, letter in alphabet().items()}
-    strange = [x for x in bpe["vocab"] if x not in special and not byte.keys() >= set(x)]
-    lacking = [x for x in byte if x not in bpe["vocab"]]
-    if strange or lacking:
-        refuse(f"its vocabulary is not byte-level, see {(strange or lacking)[0]!r}")
-    bytes_of = lambda text: bytes(byte[letter] for letter in text)
-    ranks = {bytes_of(x): i for x, i in bpe["vocab"].items() if x not in special}
+    # the merges
+    usual = ("type", "vocab", "merges", "ignore_merges", "unk_token", "fuse_unk")
+    on = [name for name, x in bpe.items() if x and name not in usual]
+    if bpe.get("type") != "BPE" or on:
+        refuse(f"its model is {bpe.get('type')}" + f" with {', '.join(on)}" * bool(on))
+    special = {x["content"]: x["id"] for x in added}
+    odd = [x for x in bpe["vocab"] if x not in special and not BYTE.keys() >= set(x)]
+    odd += BYTE.keys() - bpe["vocab"].keys()
+    if odd:
+        refuse(f"its vocabulary is not byte-level, see {odd[0]!r}")
+    ranks = {unspelled(x): i for x, i in bpe["vocab"].items() if x not in special}
     pairs = [x.split(" ") if isinstance(x, str) else x for x in bpe["merges"]]
-    place, last = {(bytes_of(a), bytes_of(b)): i for i, (a, b) in enumerate(pairs)}, -1
-    for token in sorted(ranks, key=ranks.get):
-        parts = merged(token, ranks)
-        if len(parts) == 2:
-            last, before = place.get(tuple(parts), -1), last
-        if len(parts) == 2 and last <= before or len(parts) > 2 and not bpe.get("ignore_merges"):
-            refuse(f"its merges are not those that the ids imply: {token!r} is made of {parts}")
+    odd = unlike(ranks, [tuple(map(unspelled, pair)) for pair in pairs], bpe.get("ignore_merges"))
+    if odd:
+        refuse(f"its merges are not those that the ids imply: {odd[0]!r} is made of {odd[1]}")
     top = max(*ranks.values(), *special.values())
     if top >= cfg.vocab:
         refuse(f"it has the id {top}, and the model {cfg.vocab} rows")
 
+    # the chat format
     template = files.get("chat_template.jinja") or settings.get("chat_template") or ""
     if isinstance(template, list):
         template = {x["name"]: x["template"] for x in template}.get("default", "")
     known = [x for x, marks in CHAT.items() if special.keys() >= set(marks) and marks[-1] in (template or marks)]
     if template and not known and chat != "plain":
         refuse("its chat template is neither ChatML nor Llama 3's; --chat plain goes without")
-    own = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)           # Qwen 2.5 opens with one
+    own = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)      # Qwen 2.5 opens with one
     name = hashlib.sha256(repr((pattern, normal, first, sorted(ranks.items()), special)).encode()).hexdigest()[:12]
     tokenizer = Tokenizer(f"{family} {name}", pattern, ranks, special, end=cfg.stop[0], first=first, nfc=bool(normal),
                           plain=[x["content"] for x in added if not x.get("special")], vocab=cfg.vocab,
@@ -881,6 +891,24 @@ def read_public(path, device="cpu", chat="auto", system=""):
     return public_weights(path, files, family, cfg, device), tokenizer
 
 
+def own_files(cfg, family, tokenizer):
+    """config.json and tokenizer files of a model that began here."""
+    sizes = GPT2_SIZES if family == "gpt2" else SIZES
+    config = {"model_type": family, "architectures": [FAMILIES[family]], "tie_word_embeddings": cfg.tied}
+    config |= {theirs: getattr(cfg, ours) for ours, theirs in sizes.items()} | {"bos_token_id": None}
+    if family != "gpt2":
+        scaling = {"rope_type": "llama3"} | dict(zip(ROPE, cfg.rope_scaling)) if cfg.rope_scaling else None
+        config |= {"rope_theta": cfg.rope_base, "rope_scaling": scaling}
+    if family == "llama":
+        config |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
+    vocab = {spelled(token): i for token, i in tokenizer._mergeable_ranks.items()}
+    added = [{"content": x, "id": i, "special": True} for x, i in tokenizer.marks.items()]
+    end = next(x for x, i in tokenizer.marks.items() if i == tokenizer.end)
+    files = {"config.json": config, "tokenizer.json": tokenizer_json(vocab, tokenizer._pat_str, False, added),
+             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}}
+    return {name: json.dumps(x) for name, x in files.items()}
+
+
 def write_public(folder, model, tokenizer):
     """What read_public and transformers read: float32 weights; the files that came with a model go with it."""
     try:
@@ -889,25 +917,13 @@ def write_public(folder, model, tokenizer):
         raise InputError(f"{folder}: pip install safetensors, to write a public model") from None
     if os.path.exists(folder):
         raise InputError(f"{folder}: it exists already; name a new folder")
-    cfg, files, stop = model.cfg, dict(tokenizer.files), {"eos_token_id": list(model.cfg.stop)}
+    cfg, stop = model.cfg, {"eos_token_id": list(model.cfg.stop)}
     family = "gpt2" if cfg.positions == "learned" else "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
-    if not files:
-        config = {name: getattr(cfg, ours) for ours, name in (GPT2_SIZES if family == "gpt2" else SIZES).items()}
-        config |= {"model_type": family, "architectures": [FAMILIES[family]], "tie_word_embeddings": cfg.tied,
-                   "bos_token_id": None}
-        if family != "gpt2":
-            scaling = {"rope_type": "llama3"} | dict(zip(ROPE, cfg.rope_scaling)) if cfg.rope_scaling else None
-            config |= {"rope_theta": cfg.rope_base, "rope_scaling": scaling}
-        if family == "llama":
-            config |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
-        name = {i: x for x, i in tokenizer.marks.items()}
-        added = [{"content": x, "id": i, "special": True} for x, i in tokenizer.marks.items()]
-        vocab = {spelled(token): i for token, i in tokenizer._mergeable_ranks.items()}
-        files = {"config.json": json.dumps(config), "tokenizer.json": json.dumps(tokenizer_json(vocab, tokenizer._pat_str, False, added)),
-                 "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name[tokenizer.end]})}
+    files = dict(tokenizer.files) or own_files(cfg, family, tokenizer)
     config = parsed(folder, files, "config.json") | stop | {"torch_dtype": "float32"}
-    files["config.json"] = json.dumps(config, indent=2)
-    files["generation_config.json"] = json.dumps(parsed(folder, files, "generation_config.json", {}) | stop, indent=2)
+    config.pop("dtype", None)                                             # the newer name of the same
+    more = parsed(folder, files, "generation_config.json", {}) | stop
+    files |= {"config.json": json.dumps(config, indent=2), "generation_config.json": json.dumps(more, indent=2)}
     told = asdict(public_config(folder, files)[1])
     for field, x in asdict(cfg).items():
         if told[field] != x:
@@ -1328,7 +1344,9 @@ def memory_plan(device, optimizer, models, frozen=(), budget=0, rollout=0):
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     unit, scale = ("GiB", 2 ** 30) if most > 2 ** 30 else ("MiB", 2 ** 20)
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
-    line = f"memory in {unit}: {parts}; about {most / scale:.1f} at a time" + f" of {(total or 0) / scale:.1f}" * bool(total)
+    line = f"memory in {unit}: {parts}; about {most / scale:.1f} at a time"
+    if total:
+        line += f" of {total / scale:.1f}"
     if total and most > total:
         line += f": too much; try --recompute and --micro_tokens {budget // 4}"
     print(line)
@@ -1518,7 +1536,8 @@ def parse_config(Config, argv=None):
         ours = inspect.getmodule(Config).__dict__.get("PUBLIC", {})
         if ours and is_public(cfg.init):
             parser.set_defaults(**ours)
-            print(f"{cfg.init} is or was made from a public model: defaults are {', '.join(f'--{x} {y}' for x, y in ours.items())}")
+            told = " ".join(f"--{name} {x}" for name, x in ours.items())
+            print(f"{cfg.init} is or was made from a public model: defaults are {told}")
         return parsed()
     path = os.path.join(cfg.out, "config.json")
     if not os.path.exists(path):
@@ -1765,6 +1784,6 @@ if __name__ == "__main__":
     try:
         model, tokenizer = load(sys.argv[2], kind="GPT")
         write_public(sys.argv[3], model, tokenizer)
-        print(f"{sys.argv[3]}: {sum(p.numel() for p in model.parameters()):,} parameters in float32, and their tokenizer")
+        print(f"{sys.argv[3]}: {sum(p.numel() for p in model.parameters()):,} parameters in float32, and a tokenizer")
     except InputError as e:
         sys.exit(f"model.py: {e}")

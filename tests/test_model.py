@@ -495,9 +495,10 @@ def test_a_folder_that_is_no_model_is_told_from_a_public_one(tmp_path, monkeypat
     with pytest.raises(InputError, match="no tokenizer.json, no tiktoken file"):
         load(str(tmp_path))
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    t = M.tokenizer_json({x: b for b, x in M.alphabet().items()}, M.SPLIT["gpt2"], False, [{"content": "<|end|>", "id": 299}])
+    t = M.tokenizer_json(dict(M.BYTE), M.SPLIT["gpt2"], False, [{"content": "<|end|>", "id": 299}])
     (tmp_path / "tokenizer.json").write_text(json.dumps(t | {"pre_tokenizer": level}))
     monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(InputError, match="pip install safetensors"):
         load(str(tmp_path))
     with pytest.raises(InputError, match="pip install safetensors"):

@@ -181,11 +181,14 @@ def test_shards_are_one_model(public, tmp_path):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_checkpoints_become_float32_masters_exactly(dtype, tmp_path):
-    make(str(tmp_path), "qwen2", dtype)
-    stored = load_file(tmp_path / "model.safetensors")
-    model, _ = load(str(tmp_path))
+    make(str(tmp_path / "in"), "qwen2", dtype)
+    stored = load_file(tmp_path / "in/model.safetensors")
+    model, tokenizer = load(str(tmp_path / "in"))
     for name, view in M.public_views(model, "qwen2").items():
         assert stored[name].dtype == dtype and view.dtype == torch.float32 and torch.equal(view, stored[name].float())
+    M.write_public(str(tmp_path / "out"), model, tokenizer)                   # and leave as float32, whatever config.json said before
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert read.dtype == torch.float32 and torch.equal(read.lm_head.weight, model.unembedding)
 
 
 def test_tied_weights_may_be_stored_twice_but_not_differ(hub, tmp_path):
@@ -396,7 +399,7 @@ def test_a_tokenizer_that_cannot_be_represented_is_refused_with_the_reason(hub, 
 def test_merges_that_are_accepted_give_the_same_ids_on_every_text():
     """Random lists of merges over three letters, most of which no training could give: what passes the check is what agrees."""
     rng, accepted, refused = random.Random(0), 0, 0
-    letters = list(M.alphabet().values())
+    letters = list(M.LETTER.values())
     files = {"config.json": json.dumps(dict(model_type="llama", vocab_size=400, eos_token_id=1, **{x: 8 for x in M.SIZES.values() if x != "vocab_size"}))}
     while accepted < 150 or refused < 150:
         vocab, merges = {x: i for i, x in enumerate(letters)}, []

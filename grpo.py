@@ -252,7 +252,7 @@ def train(cfg):
         if cfg.ref_every and step % cfg.ref_every == 0:
             with torch.no_grad():
                 for ref, new in zip(reference.parameters(), policy.parameters()):
-                    ref.lerp_(new, cfg.ref_mix)
+                    ref.lerp_(new.to(ref.dtype), cfg.ref_mix)
         metrics = stats.read() | {"lr": lr}                               # waits for the GPU
         t2 = time.perf_counter()
 

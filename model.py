@@ -963,7 +963,7 @@ def read_checkpoint(folder):
     """The dictionary that `save` wrote, on the CPU; no code in the file is ever run (weights_only)."""
     path = os.path.join(folder, "ckpt.pt")
     if not os.path.exists(path):
-        raise InputError(f"{folder}: no checkpoint here (no ckpt.pt)")
+        raise InputError(f"{folder}: no checkpoint here (no ckpt.pt), nor a public model's folder (no config.json)")
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
         data["model"], data["config"], data["tokenizer"], data["kind"]

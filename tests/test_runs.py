@@ -179,6 +179,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, more, small, a
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_less_memory_changes_no_number_and_bf16_keeps_float32_masters(name, small, adder, judge, tmp_path, monkeypatch, capsys):
+    """Blocks that are run again in backward give the same metrics; under bf16 products, frozen models included, what is saved is float32."""
+    script = importlib.import_module(name.removesuffix(".py"))
+    args = [str(x) for x in arguments(name, small, adder, judge)] + {"grpo.py": ["--ref_every", "2"]}.get(name, [])
+    for out, more, bf16 in (("plain", [], set()), ("again", ["--recompute"], set()), ("bf16", ["--recompute"], {"cpu"})):
+        monkeypatch.setattr(M, "BF16", bf16)
+        script.train(M.parse_config(script.Config, [*args, *more, "--out", str(tmp_path / out)]))
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "plain")
+    half, whole = (metrics(tmp_path / x) for x in ("bf16", "plain"))
+    assert len(half) == len(whole) and half != whole and all(math.isfinite(x) for row in half for x in row.values())
+    assert capsys.readouterr().out.count("memory in MiB: weights") == 3
+    assert {x.dtype for x in M.read_checkpoint(str(tmp_path / "bf16"))["model"].values()} == {torch.float32}
+
+
 def test_an_earlier_run_is_kept_and_a_bool_can_stand_alone(small, tmp_path):
     for _ in range(2):
         done = script("grpo.py", *QUICK, "--init", small, "--guard", "--out", "out/grpo/", cwd=tmp_path)

@@ -29,6 +29,7 @@ kept or not; entropy, the clip and distinct-2 are of the batch that is learned f
 
 Run:     python dapo.py                about a minute on two CPU cores; out/sft is made first if missing -> out/dapo
 Yours:   python dapo.py --init out/mine --data rows.jsonl --max_new 300 --overlong_cache 60
+         python dapo.py --init Qwen2.5-0.5B-Instruct --data rows.jsonl        a public model's folder (README, Public models)
 Ablate:  --clip_high 0.2     --tries 1     --overlong_cache 0
 """
 import time
@@ -47,7 +48,7 @@ class Config:
     # data
     data: str = ""                # JSON lines to learn from; "" is the built-in task
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = "out/sft"         # checkpoint folder of the policy to start from
+    init: str = "out/sft"         # folder of the policy to start from: a checkpoint, or a public model
     reward: str = "rule"          # "rule", the function `score` below, or the folder of a reward model
     out: str = "out/dapo"         # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it

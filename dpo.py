@@ -48,7 +48,7 @@ class Config:
     # data
     data: str = ""                # JSON lines of preferences; "" is the built-in task's, out/reward/preferences.jsonl
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = "out/sft"         # checkpoint folder of the policy to start from, which is the reference too
+    init: str = "out/sft"         # folder of the policy to start from, and reference: a checkpoint, or a public model
     out: str = "out/dpo"          # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
     system: str = ""              # system line of a chat that has none; "" keeps that of --init

@@ -20,6 +20,7 @@ much. Temperature divides the logits everywhere, so π is the distribution that 
 
 Run:     python grpo.py                under a minute on two CPU cores; out/sft is made first if missing -> out/grpo
 Yours:   python grpo.py --init out/mine --data rows.jsonl --max_new 300     {"prompt", "answer"}, or GSM8K's own file
+         python grpo.py --init Qwen2.5-0.5B-Instruct --data rows.jsonl        a public model's folder (README, Public models)
 Ablate:  --kl_beta 0     --group 2     --epochs 4     --temperature 0.7
 """
 import copy
@@ -39,7 +40,7 @@ class Config:
     # data
     data: str = ""                # JSON lines to learn from; "" is the built-in task
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = "out/sft"         # checkpoint folder of the policy to start from, and of the reference
+    init: str = "out/sft"         # folder of the policy to start from, and reference: a checkpoint, or a public model
     reward: str = "rule"          # "rule", the function `score` below, or the folder of a reward model
     out: str = "out/grpo"         # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it

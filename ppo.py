@@ -55,7 +55,7 @@ class Config:
     # data
     data: str = ""                # JSON lines to learn from; "" is the built-in task
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = "out/sft"         # checkpoint folder of the policy to start from, and of the reference
+    init: str = "out/sft"         # folder of the policy to start from, and reference: a checkpoint, or a public model
     reward: str = "out/reward"    # "rule", the function `score` below, or the folder of a reward model
     out: str = "out/ppo"          # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it

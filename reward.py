@@ -49,7 +49,7 @@ class Config:
     # data
     data: str = ""                # JSON lines of preferences, or of prompts to collect them on; "" is the built-in task
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = "out/sft"         # checkpoint folder of the policy that answers, and of the trunk to start from
+    init: str = "out/sft"         # folder of the policy that answers, and trunk: a checkpoint, or a public model
     out: str = "out/reward"       # folder for the preferences, the checkpoint, metrics and curves
     chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
     system: str = ""              # system line of a chat that has none; "" keeps that of --init

@@ -40,7 +40,7 @@ class Config:
     # data
     data: str = ""                # JSON lines to learn from; "" is the built-in task
     test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = ""               # checkpoint folder to start from; "": from scratch, with the tokenizer and shape below
+    init: str = ""                # checkpoint or public model to start from; "": from scratch, of the shape below
     out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
     system: str = ""              # system line of a chat that has none; "" keeps that of --init

@@ -43,6 +43,8 @@ def test_dapo_differs_from_grpo_in_its_own_settings_alone():
     assert {name for name in grpo if name in dapo and grpo[name] != dapo[name]} == {"out"}
     assert grpo.keys() - dapo.keys() == {"clip_eps", "kl_beta", "ref_every", "ref_mix", "max_kl"}
     assert dapo.keys() - grpo.keys() == {"clip_low", "clip_high", "tries", "overlong_cache"}
+    ours, public = (importlib.import_module(name).PUBLIC for name in ("grpo", "dapo"))
+    assert public == ours | {"overlong_cache": public["overlong_cache"]}
     assert dapo["epochs"] * dapo["prompts"] * dapo["group"] // dapo["minibatch"] > 1
 
 

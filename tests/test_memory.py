@@ -1,5 +1,6 @@
 """What a run holds in memory: the plan against what is really allocated, and the ways to hold less.   python -m pytest tests/test_memory.py"""
 import copy
+import os
 import types
 
 import pytest
@@ -10,7 +11,7 @@ import dpo
 import grpo
 import model as M
 import ppo
-from conftest import FAMILIES, PROMPTS, gradients, tiny
+from conftest import FAMILIES, PROMPTS, ROOT, gradients, tiny
 from model import GPT, GPTConfig, ScalarModel, freeze, make_optimizer, memory_plan
 
 
@@ -98,7 +99,7 @@ LARGE = dict(layers=28, width=1536, heads=12, mlp_width=8960)             # Qwen
 
 @pytest.mark.parametrize("script, shape, gib", [(ppo, SMALL, 24), (grpo, SMALL, 24), (dapo, SMALL, 24), (dpo, SMALL, 24), (grpo, LARGE, 48), (dpo, LARGE, 48)])
 def test_the_true_shapes_fit_by_plan(script, shape, gib, monkeypatch, capsys):
-    """With the defaults for public models, questions of up to 300 tokens and answers of 512."""
+    """With the defaults for public models, questions of up to 300 tokens and answers of 512; the README's table says the same."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=gib * 2 ** 30))
     cfg, cuda = types.SimpleNamespace(**script.Config().__dict__ | script.PUBLIC), torch.device("cuda")
     with torch.device("meta"):
@@ -112,7 +113,11 @@ def test_the_true_shapes_fit_by_plan(script, shape, gib, monkeypatch, capsys):
     rollout = getattr(cfg, "prompts", 0) * getattr(cfg, "group", 1) * (300 + cfg.max_new)
     plan = memory_plan(cuda, optimizer, models, {ppo: [reference, reference], grpo: [reference]}.get(script, []), cfg.micro_tokens, rollout)
     said = capsys.readouterr().out
-    assert sum(plan.values()) - min(plan["cache"], plan["activations"]) < gib * 2 ** 30 and "too much" not in said, said
+    most = sum(plan.values()) - min(plan["cache"], plan["activations"])
+    assert most < gib * 2 ** 30 and "too much" not in said, said
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        row = next(line for line in f if line.startswith(f"| {'0.5B' if shape is SMALL else '1.5B'}, {script.__name__}.py"))
+    assert [float(x.strip() or 0) for x in row.split("|")[2:-1]] == [round(x / 2 ** 30, 1) for x in (*plan.values(), most)]
     policy.recompute = False
     memory_plan(cuda, optimizer, models, [], 4 * M.token_budget(cuda), rollout)
     assert "too much; try --recompute and --micro_tokens 16384" in capsys.readouterr().out

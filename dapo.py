@@ -29,7 +29,7 @@ kept or not; entropy, the clip and distinct-2 are of the batch that is learned f
 
 Run:     python dapo.py                about a minute on two CPU cores; out/sft is made first if missing -> out/dapo
 Yours:   python dapo.py --init out/mine --data rows.jsonl --max_new 300 --overlong_cache 60
-         python dapo.py --init Qwen2.5-0.5B-Instruct --data rows.jsonl        a public model's folder (README, Public models)
+         python dapo.py --init Qwen2.5-0.5B-Instruct --data rows.jsonl       a public model (README, Public models)
 Ablate:  --clip_high 0.2     --tries 1     --overlong_cache 0
 """
 import time

@@ -20,7 +20,7 @@ much. Temperature divides the logits everywhere, so π is the distribution that 
 
 Run:     python grpo.py                under a minute on two CPU cores; out/sft is made first if missing -> out/grpo
 Yours:   python grpo.py --init out/mine --data rows.jsonl --max_new 300     {"prompt", "answer"}, or GSM8K's own file
-         python grpo.py --init Qwen2.5-0.5B-Instruct --data rows.jsonl        a public model's folder (README, Public models)
+         python grpo.py --init Qwen2.5-0.5B-Instruct --data rows.jsonl       a public model (README, Public models)
 Ablate:  --kl_beta 0     --group 2     --epochs 4     --temperature 0.7
 """
 import copy

@@ -263,6 +263,16 @@ def test_both_spellings_of_rope(hub, tmp_path):
     assert load(oldest)[0].cfg.rope_base == 10_000 and load(oldest)[0].cfg.rope_scaling == ()
 
 
+def test_every_id_that_ends_an_answer_is_a_stop(hub, tmp_path):
+    """config.json's own first, which ends a plain answer; generation_config.json's (Llama 3's list), and the end of a chat's turn."""
+    folder, _ = hub["llama3"]
+    turn_end = load(folder)[1].turn_end
+    folder = edited(folder, tmp_path, eos_token_id=[7, 9])
+    folder = edited(folder, tmp_path, "generation_config.json", eos_token_id=[9, 11])
+    model, tokenizer = load(folder)
+    assert model.cfg.stop == (7, 9, 11, turn_end) and tokenizer.end == 7
+
+
 def test_biases_everywhere_are_read_in_llama(tmp_path):
     theirs = make(str(tmp_path), "llama2", attention_bias=True, mlp_bias=True)
     tokens = torch.randint(V, (2, 20))

@@ -892,20 +892,15 @@ def read_public(path, device="cpu", chat="auto", system=""):
 
 
 def own_files(cfg, family, tokenizer):
-    """config.json and tokenizer files of a model that began here."""
+    """config.json and tokenizer.json of a model that began here."""
     sizes = GPT2_SIZES if family == "gpt2" else SIZES
     config = {"model_type": family, "architectures": [FAMILIES[family]], "tie_word_embeddings": cfg.tied}
     config |= {theirs: getattr(cfg, ours) for ours, theirs in sizes.items()} | {"bos_token_id": None}
-    if family != "gpt2":
-        scaling = {"rope_type": "llama3"} | dict(zip(ROPE, cfg.rope_scaling)) if cfg.rope_scaling else None
-        config |= {"rope_theta": cfg.rope_base, "rope_scaling": scaling}
     if family == "llama":
         config |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
     vocab = {spelled(token): i for token, i in tokenizer._mergeable_ranks.items()}
     added = [{"content": x, "id": i, "special": True} for x, i in tokenizer.marks.items()]
-    end = next(x for x, i in tokenizer.marks.items() if i == tokenizer.end)
-    files = {"config.json": config, "tokenizer.json": tokenizer_json(vocab, tokenizer._pat_str, False, added),
-             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}}
+    files = {"config.json": config, "tokenizer.json": tokenizer_json(vocab, tokenizer._pat_str, False, added)}
     return {name: json.dumps(x) for name, x in files.items()}
 
 
@@ -921,9 +916,16 @@ def write_public(folder, model, tokenizer):
     family = "gpt2" if cfg.positions == "learned" else "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
     files = dict(tokenizer.files) or own_files(cfg, family, tokenizer)
     config = parsed(folder, files, "config.json") | stop | {"torch_dtype": "float32"}
-    config.pop("dtype", None)                                             # the newer name of the same
+    if family != "gpt2":                                             # spelled as every version of transformers reads it
+        *factors, original = cfg.rope_scaling or [0]
+        scaling = {"rope_type": "llama3"} | dict(zip(ROPE, [*factors, int(original)])) if factors else None
+        config |= {"rope_theta": cfg.rope_base, "rope_scaling": scaling}
+    config = {name: x for name, x in config.items() if name not in ("dtype", "rope_parameters")}
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode([tokenizer.end])}
+    settings = parsed(folder, files, "tokenizer_config.json", plain)
     more = parsed(folder, files, "generation_config.json", {}) | stop
-    files |= {"config.json": json.dumps(config, indent=2), "generation_config.json": json.dumps(more, indent=2)}
+    files |= {name: json.dumps(x, indent=2, ensure_ascii=False) for name, x in
+              (("config.json", config), ("tokenizer_config.json", settings), ("generation_config.json", more))}
     told = asdict(public_config(folder, files)[1])
     for field, x in asdict(cfg).items():
         if told[field] != x:

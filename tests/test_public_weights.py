@@ -424,6 +424,8 @@ def test_merges_that_are_accepted_give_the_same_ids_on_every_text():
                 known = list(dict.fromkeys([*known, "".join(pair)]))
         if rng.random() < .3:
             swap(merges, 0, -1)
+        if rng.random() < .3:                                             # a token that no merge makes
+            vocab.setdefault("".join(rng.choices("abc", k=4)), len(vocab))
         loose = rng.random() < .5
         t = M.tokenizer_json(vocab, M.SPLIT["llama"], False, [], merges=merges)
         t["model"]["ignore_merges"] = loose

@@ -516,6 +516,13 @@ def make_tokenizer(name="bytes", turns=False, system=""):
                      system=system)
 
 
+def as_turns(chat, own):
+    """Whether a lone prompt is a user's turn, by --chat; "auto" leaves it at `own`."""
+    if chat not in ("auto", "chat", "plain"):
+        raise InputError(f"--chat {chat}: must be auto, chat or plain")
+    return own if chat == "auto" else chat == "chat"
+
+
 def stop_ids(tokenizer):
     """The ids that end an answer: the end of the text, which SFT appends to a response, and the end of a chat turn."""
     return tokenizer.end, tokenizer.turn_end
@@ -864,7 +871,7 @@ def public_tokenizer(path, files, chat="auto", system=""):
     name = hashlib.sha256(repr((pattern, normal, first, sorted(ranks.items()), special)).encode()).hexdigest()[:12]
     tokenizer = Tokenizer(f"{family} {name}", pattern, ranks, special, end=cfg.stop[0], first=first, nfc=bool(normal),
                           plain=[x["content"] for x in added if not x.get("special")], vocab=cfg.vocab,
-                          chat=(known or [""])[0], turns=bool(known and template) if chat == "auto" else chat == "chat",
+                          chat=(known or [""])[0], turns=as_turns(chat, bool(known and template)),
                           system=system or (own[1] if own else ""), files=files)
     probe = "aA1 \u00e9\u6f22\u0e01\u0301\U0001f642\t\r\n  _\x00\u200b.\ud7ff"
     if tokenizer.decode(tokenizer.encode_ordinary(probe)) != (unicodedata.normalize("NFC", probe) if normal else probe):
@@ -978,8 +985,6 @@ def load(path, device="cpu", kind=None, chat="auto", system=""):
     """A checkpoint folder or a public model's -> model, tokenizer. kind: "GPT" or "ScalarModel" where nothing else will
     do. chat: "chat" makes a lone prompt a user's turn, "plain" leaves it bare; "auto", and a system line of "", keep
     what the checkpoint was trained with, or the public model's template says."""
-    if chat not in ("auto", "chat", "plain"):
-        raise InputError(f"--chat {chat}: must be auto, chat or plain")
     public = not os.path.exists(os.path.join(path, "ckpt.pt")) and os.path.exists(os.path.join(path, "config.json"))
     data = {"kind": "GPT"} if public else read_checkpoint(path)
     if kind and data["kind"] != kind:
@@ -994,7 +999,7 @@ def load(path, device="cpu", kind=None, chat="auto", system=""):
     model = model if data["kind"] == "GPT" else ScalarModel(model)
     load_weights(model, data["model"], path, "its config asks for")
     spoken = data["tokenizer"] if isinstance(data["tokenizer"], dict) else {"name": data["tokenizer"]}  # a name: of old
-    turns = spoken.get("turns", False) if chat == "auto" else chat == "chat"
+    turns = as_turns(chat, spoken.get("turns", False))
     system = system or spoken.get("system", "")
     if spoken.get("files"):
         return model.to(device), public_tokenizer(path, spoken["files"], "chat" if turns else "plain", system)

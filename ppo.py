@@ -220,7 +220,8 @@ def train(cfg):
     device = setup(cfg.seed)
     B = cfg.prompts
     check(cfg, steps=1, prompts=1, epochs=1, minibatch=1, max_new=1, eval_every=1)
-    check(cfg, lr=0, critic_lr=0, warmup=0, micro_tokens=0, clip_eps=0, value_clip=0, kl_beta=0, gamma=0, lam=0)
+    check(cfg, lr=0, critic_lr=0, warmup=0, micro_tokens=0, format_reward=0, clip_eps=0, value_clip=0, kl_beta=0)
+    check(cfg, gamma=0, lam=0)
     if cfg.temperature <= 0:
         raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers to a prompt are the same")
     if cfg.gamma > 1 or cfg.lam > 1:

@@ -30,9 +30,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, batches, check, encode_answer,
-                   encode_chat, evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer, memory_plan,
-                   micro_batches, pad_batch, prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums, table, usable)
+from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, as_turns, batches, check,
+                   encode_answer, encode_chat, evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer,
+                   memory_plan, micro_batches, pad_batch, prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums,
+                   table, usable)
 
 
 @dataclass
@@ -175,8 +176,10 @@ def train(cfg):
         for name in ("context", "layers", "width", "heads"):
             if getattr(cfg, name) not in (getattr(Config, name), getattr(model.cfg, name)):
                 raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, kept")
+        if cfg.tokenizer not in (Config.tokenizer, tokenizer.name):
+            raise InputError(f"--tokenizer {cfg.tokenizer}: {cfg.init} has its own, kept")
     else:
-        tokenizer = make_tokenizer(cfg.tokenizer, cfg.chat == "chat", cfg.system)
+        tokenizer = make_tokenizer(cfg.tokenizer, as_turns(cfg.chat, False), cfg.system)
         if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
             raise InputError(f"--width {cfg.width} --heads {cfg.heads}: a head needs an even whole number of channels")
         model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,

@@ -5,7 +5,8 @@ model.py: one transformer, and all that the scripts share.
     GPT.token_logp           log-probability and entropy of every answer token, without ever holding (B, T, V)
     GPT.generate             ragged prompts in, sampled answers and their log-probabilities out, with a KV cache
     ScalarModel              the same trunk with one number per position: reward model and critic
-    load, save               checkpoints; a checkpoint is a folder
+    load, save               checkpoints, and public models' folders; a checkpoint is a folder
+    python model.py export out/grpo FOLDER                           writes one as a public model's folder
 
 One index convention holds everywhere. `tokens` (B, T) holds prompt and answer together, right-padded, always: causal
 attention never looks to its right, so there is no attention mask, no left padding and no position arithmetic. `mask[b,

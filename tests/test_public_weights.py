@@ -160,7 +160,8 @@ def test_a_model_that_is_written_and_read_again_is_the_same_and_transformers_agr
     assert same(back, model) and third.name == tokenizer.name
     assert (third.turns, third.system, third.end, third.first) == (tokenizer.turns, tokenizer.system, tokenizer.end, tokenizer.first)
     with open(os.path.join(out, "config.json")) as f:
-        assert "rope_parameters" not in json.load(f)                      # which transformers 4 would not see, and turn by another angle
+        config = json.load(f)
+    assert config["eos_token_id"] == list(model.cfg.stop) and "rope_parameters" not in config      # transformers 4 would not see it, and turn by another angle
     read = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokens = torch.randint(V, (2, 30))
     assert torch.equal(read(tokens).logits, theirs(tokens).logits)

@@ -20,7 +20,8 @@ G answers a prompt.
 Sources: nanoGPT (github.com/karpathy/nanoGPT) for the shape of such a file; RoPE arXiv 2104.09864, grouped queries
 arXiv 2305.13245.
 """
-import argparse, base64, functools, hashlib, inspect, json, math, os, random, re, subprocess, sys, time, unicodedata
+import argparse, base64, functools, hashlib, inspect, json, math, os, random, re, shutil, subprocess, sys, time
+import unicodedata
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from fractions import Fraction
@@ -460,19 +461,22 @@ class Tokenizer(tiktoken.Encoding):
     """A tiktoken Encoding, and how a model's prompts are written with it.
 
     nfc: text is normalised to Unicode's form C first (Qwen). plain: added tokens that are found in any text (Qwen 3's
-    <think>). first: ids that every prompt begins with (Llama). end: the id that ends a plain answer. chat: the format
-    of messages, a key of CHAT, or "". turns: a lone prompt is a user's turn as well. system: the line that opens a chat
-    which has none. vocab: the model's rows; an id that no token has still decodes. files: those of a public model.
+    <think>). first: ids that a bare prompt begins with (Llama). end: the id that ends a plain answer. vocab: the
+    model's rows; an id that no token has still decodes. chat: the format of messages, a key of CHAT, or "". turns: a
+    lone prompt is a user's turn as well. lead: ids before the first turn of a chat. preamble: what every system turn
+    opens with (Llama 3.1's dates). system: what follows it in a chat that has no system turn. files: those of a public
+    model.
     """
 
     def __init__(self, name, pattern, ranks, special, end, first=(), plain=(), nfc=False, vocab=0, chat="", turns=False,
-                 system="", files=None):
+                 lead=(), preamble="", system="", files=None):
         top = max(vocab - 1, *ranks.values(), *special.values())
         gaps = set(range(top + 1)) - set(ranks.values()) - set(special.values())
-        unused = {f"<|unused_{i}|>": i for i in gaps}                    # a young model may sample any id
-        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special | unused)
+        unused = {f"<|no token {i}|>": i for i in gaps}                  # a young model may sample any id
+        super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused | special)
         self.end, self.first, self.plain, self.nfc, self.marks = end, list(first), set(plain), nfc, special
-        self.chat, self.turns, self.system, self.files = chat, turns, system, files or {}
+        self.chat, self.turns, self.lead, self.preamble, self.system = chat, turns, list(lead), preamble, system
+        self.files = files or {}
 
     @property
     def turn_end(self):
@@ -517,11 +521,14 @@ def make_tokenizer(name="bytes", turns=False, system=""):
                      system=system)
 
 
-def as_turns(chat, own):
-    """Whether a lone prompt is a user's turn, by --chat; "auto" leaves it at `own`."""
+def as_turns(chat, own, system=""):
+    """Whether a lone prompt is a user's turn, by --chat; "auto" leaves it at `own`. A bare prompt has no --system."""
     if chat not in ("auto", "chat", "plain"):
         raise InputError(f"--chat {chat}: must be auto, chat or plain")
-    return own if chat == "auto" else chat == "chat"
+    turns = own if chat == "auto" else chat == "chat"
+    if system and not turns:
+        raise InputError(f"--system {system}: prompts are bare text here; --chat chat makes them turns")
+    return turns
 
 
 def stop_ids(tokenizer):
@@ -536,20 +543,31 @@ def encode_chat(tokenizer, messages):
     Llama 3:  <|start_header_id|>ROLE<|end_header_id|> two line breaks TEXT<|eot_id|>, and so on, the texts stripped.
     """
     if not tokenizer.chat:
-        raise InputError("messages need ChatML's or Llama 3's marks, and this tokenizer has neither; use plain prompts")
-    if tokenizer.system and messages[0]["role"] != "system":
+        raise InputError("a chat (messages, or --chat chat) needs ChatML's or Llama 3's marks, and this tokenizer has "
+                         "neither; use plain prompts")
+    if (tokenizer.preamble or tokenizer.system) and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": tokenizer.system}] + messages
-    text, mark = tokenizer.encode_ordinary, [[tokenizer.marks[x]] for x in CHAT[tokenizer.chat]]
-    ids, mask = list(tokenizer.first), [0] * len(tokenizer.first)
+    ids, mask = list(tokenizer.lead), [0] * len(tokenizer.lead)
     for m in messages:
-        if tokenizer.chat == "chatml":
-            head, body, gap = mark[0] + text(m["role"] + "\n"), text(m["content"]) + mark[1], text("\n")
-        else:
-            head, gap = mark[0] + text(m["role"]) + mark[1] + text("\n\n"), []
-            body = text(m["content"].strip()) + mark[2]
+        head, gap = header(tokenizer, m["role"])
+        opening = tokenizer.preamble if m["role"] == "system" else ""
+        body = tokenizer.encode_ordinary(opening + trimmed(tokenizer, m["content"])) + [tokenizer.turn_end]
         ids += head + body + gap
         mask += [0] * len(head) + [int(m["role"] == "assistant")] * len(body) + [0] * len(gap)
     return ids[:len(ids) - len(gap)], mask[:len(ids) - len(gap)]
+
+
+def header(tokenizer, role):
+    """The ids before a turn's text, and those behind its end."""
+    text, (start, *middle, _) = tokenizer.encode_ordinary, [tokenizer.marks[x] for x in CHAT[tokenizer.chat]]
+    if tokenizer.chat == "chatml":
+        return [start] + text(role + "\n"), text("\n")
+    return [start] + text(role) + middle + text("\n\n"), []
+
+
+def trimmed(tokenizer, text):
+    """The text of a turn, as the format has it."""
+    return text.strip() if tokenizer.chat == "llama3" else text
 
 
 def prompt_ids(tokenizer, row):
@@ -566,9 +584,9 @@ def prompt_ids(tokenizer, row):
 def encode_answer(tokenizer, row, text):
     """Prompt, answer and end token -> tokens, mask. Prompt and answer are encoded apart, so the mask's edge is
     exact."""
-    ids = prompt_ids(tokenizer, row)
-    end = tokenizer.turn_end if "messages" in row or tokenizer.turns else tokenizer.end
-    answer = tokenizer.encode_ordinary(text) + [end]
+    ids, chat = prompt_ids(tokenizer, row), "messages" in row or tokenizer.turns
+    answer = tokenizer.encode_ordinary(trimmed(tokenizer, text) if chat else text)
+    answer.append(tokenizer.turn_end if chat else tokenizer.end)
     return ids + answer, [0] * len(ids) + [1] * len(answer)
 
 
@@ -607,7 +625,8 @@ ONLY = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorc
         "partial_rotary_factor": [1.0]}                                   # options, and all that GPT can do of them
 NO_MATTER = (r"_|unsloth_|summary_|.+_pdrop$|(attention_dropout|transformers_version|torch_dtype|dtype|use_cache|n_ctx|"
              r"initializer_range|pretraining_tp|bos_token_id|pad_token_id|max_window_layers|sliding_window|is_decoder|"
-             r"task_specific_params|reorder_and_upcast_attn|gradient_checkpointing)$")
+             r"task_specific_params|reorder_and_upcast_attn|gradient_checkpointing|predict_special_tokens|n_special|"
+             r"output_past|id2label|label2id|return_dict|tokenizer_class|is_llama_config|transformers\.js_config)$")
 FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "tokenizer.json", "model.safetensors.index.json", "vocab.json", "merges.txt",
          "added_tokens.json", "tokenizer.model")                          # the first six go where the model goes
@@ -615,15 +634,16 @@ WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{
          r"|\s+")
 SPLIT = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "qwen2": WORDS,
          "qwen3": WORDS, "llama": WORDS.replace(r"\p{N}|", r"\p{N}{1,3}|")}
+OTHERWISE = r"\{[0-9,]+\}\+|(?<!\[)\^|\$|\\[ABbGHhKQRXYZz]|\(\?[a-z-]*m|\[\[|&&"   # what Oniguruma reads in another way
 LLAMA3 = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>",
           8: "<|eom_id|>", 9: "<|eot_id|>"}                               # special tokens behind the last rank
 
 
-def parsed(path, files, name, default=None):
+def json_of(path, files, name, default=None):
     """The object in one of a folder's JSON files."""
     try:
         found = json.loads(files[name]) if name in files else default
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: {name} is not JSON ({e})") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: {name} " + ("holds no JSON object" if name in files else "is missing"))
@@ -636,7 +656,7 @@ def public_config(path, files):
     def refuse(name, x, instead=""):
         raise InputError(f'{path}: config.json: "{name}": {json.dumps(x)} is not supported{instead}')
 
-    c = parsed(path, files, "config.json")
+    c = json_of(path, files, "config.json")
     family, made = c.pop("model_type", None), c.pop("architectures", None)
     if family not in FAMILIES:
         refuse("model_type", family, f"; {', '.join(FAMILIES)} are")
@@ -644,9 +664,12 @@ def public_config(path, files):
         refuse("architectures", made, f"; {FAMILIES[family]} is")
     ours = dict(tied=c.pop("tie_word_embeddings", family == "gpt2"))
     for field, name in (GPT2_SIZES if family == "gpt2" else SIZES).items():
-        x = ours[field] = c.pop(name, None) or (0 if field in ("kv_heads", "head_dim", "mlp_width") else None)
-        if type(x) is not int and (field != "norm_eps" or type(x) is not float):
-            refuse(name, x, "; it must be a number")
+        x = c.pop(name, None)
+        if x is None and field in ("kv_heads", "head_dim", "mlp_width"):
+            continue
+        if type(x) not in ((int, float) if field == "norm_eps" else (int,)) or x <= 0:
+            refuse(name, x, "; it must be a number above 0")
+        ours[field] = x
     if family == "gpt2":
         ours |= dict(norm="layer", positions="learned", mlp="gelu", bias=True)
     else:
@@ -656,14 +679,16 @@ def public_config(path, files):
         if kind not in ("default", "llama3"):
             refuse("rope_type", kind, "; default and llama3 are")
         ours |= dict(rope_base=float(rope.pop("rope_theta")), qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
-                     rope_scaling=tuple(float(rope.pop(x, 0)) for x in ROPE) if kind == "llama3" else ())
+                     rope_scaling=tuple(float(rope.pop(x)) for x in ROPE) if kind == "llama3" else ())
+        if kind == "llama3" and not (ours["rope_scaling"][0] > 0 and ours["rope_scaling"][2] > ours["rope_scaling"][1]):
+            refuse("rope_type", kind, f" with {dict(zip(ROPE, ours['rope_scaling']))}")
         if family == "llama" and c.get("attention_bias") and c.get("mlp_bias"):
             ours["bias"] = c.pop("attention_bias") and c.pop("mlp_bias")
         c |= {name: x for name, x in rope.items() if name != "type"}
-    stop = [x.get("eos_token_id") for x in (c, parsed(path, files, "generation_config.json", {}))]
+    stop = [x.get("eos_token_id") for x in (c, json_of(path, files, "generation_config.json", {}))]
     stop = sum([x if isinstance(x, list) else [x] for x in stop if x is not None], [])
-    if not stop:
-        refuse("eos_token_id", None, "; some id must end an answer")
+    if not stop or any(type(i) is not int or not 0 <= i < ours["vocab"] for i in stop):
+        refuse("eos_token_id", stop, "; ids of the vocabulary must end an answer")
     c |= {"eos_token_id": 0, "layer_types": [x for x in c.get("layer_types") or [] if x != "full_attention"]}
     for name, x in c.items():
         if not re.match(NO_MATTER, name) and (x not in ONLY[name] if name in ONLY else x):
@@ -676,10 +701,10 @@ def public_views(model, family):
     cfg, views, gpt2 = model.cfg, {}, family == "gpt2"
     qkv = [n * cfg.head_dim for n in (cfg.heads, cfg.kv_heads, cfg.kv_heads)]
     for name, x in model.state_dict().items():
-        layer, part, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
-        trunk = "" if part == "head" else "transformer." if gpt2 else "model."
+        layer, ours, kind = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()
+        trunk = "" if ours == "head" else "transformer." if gpt2 else "model."
         block = f"{'h' if gpt2 else 'layers'}.{layer}." if layer else ""
-        theirs = (GPT2_PARTS if gpt2 else PARTS)[part].split()
+        theirs = (GPT2_PARTS if gpt2 else PARTS)[ours].split()
         rows = {1: [len(x)], 2: [cfg.mlp_width] * 2, 3: qkv}[len(theirs)]
         for their, view in zip(theirs, x.split(rows)):
             turned = gpt2 and layer and x.dim() == 2                      # a matrix is (in, out) there
@@ -694,7 +719,7 @@ def public_weights(path, files, family, cfg, device):
     except ImportError:
         raise InputError(f"{path}: pip install safetensors, to read a public model's weights") from None
     index, found = {"weight_map": {"all": "model.safetensors"}}, {}
-    for shard in set(parsed(path, files, "model.safetensors.index.json", index).get("weight_map", {}).values()):
+    for shard in set(json_of(path, files, "model.safetensors.index.json", index).get("weight_map", {}).values()):
         try:
             f = safe_open(os.path.join(path, shard), framework="pt")
         except (OSError, SafetensorError) as e:
@@ -751,16 +776,20 @@ def unlike(ranks, pairs, loose):
     """A token that tiktoken's rule and a list of merges do not make in the same way, and its parts; None if none is.
 
     tiktoken joins the two neighbours whose union has the lowest id, a BPE file the two that come first in its list.
-    They agree on every text if for each token the last merge, the pair that its own bytes come to, is in the list, and
-    these pairs stand in the order of the ids. loose: a token without such a pair is known by its whole word
-    (ignore_merges).
+    They agree if for each token the last merge, the pair that its own bytes come to, is in the list, and these pairs
+    stand in the order of the ids. loose (ignore_merges): words are looked up whole first, so there may be tokens
+    without such a pair; then the list must have every pair whose union is a token.
     """
     place, last = {pair: i for i, pair in enumerate(pairs)}, -1
-    for token in sorted(ranks, key=ranks.get):
-        parts = tuple(merged(token, ranks))
-        if len(parts) == 2 and place.get(parts, -1) <= last or len(parts) > 2 and not loose:
-            return token, parts
-        last = place[parts] if len(parts) == 2 else last
+    parts = {token: tuple(merged(token, ranks)) for token in sorted(ranks, key=ranks.get) if len(token) > 1}
+    whole = all(len(x) == 2 for x in parts.values())
+    for token, made in parts.items():
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        halves = [made] if whole else [(a, b) for a, b in halves if a in ranks and b in ranks]
+        where = [place.get(x, -1) for x in halves]
+        if len(made) > 2 and not loose or min(where, default=last + 1) <= last:
+            return token, made
+        last = max(where, default=last)
 
 
 def tokenizer_json(vocab, pattern, nfc, added, first=(), merges=None):
@@ -789,11 +818,11 @@ def tokenizer_json(vocab, pattern, nfc, added, first=(), merges=None):
 
 def older_tokenizer(path, files, family):
     """vocab.json with merges.txt (GPT-2, Qwen), or a tiktoken file (Llama 3), as tokenizer.json."""
-    added = parsed(path, files, "tokenizer_config.json", {}).get("added_tokens_decoder", {})
+    added = json_of(path, files, "tokenizer_config.json", {}).get("added_tokens_decoder", {})
     added = {x["content"]: x | {"id": int(i)} for i, x in added.items()}
     if "vocab.json" in files and "merges.txt" in files and family != "llama":
-        vocab = parsed(path, files, "vocab.json")
-        more = parsed(path, files, "added_tokens.json", {}) | {x: vocab[x] for x in ["<|endoftext|>"] if x in vocab}
+        vocab = json_of(path, files, "vocab.json")
+        more = json_of(path, files, "added_tokens.json", {}) | {x: vocab[x] for x in ["<|endoftext|>"] if x in vocab}
         added = {x: {"content": x, "id": i, "special": True} for x, i in more.items()} | added
         merges = [line for line in files["merges.txt"].splitlines() if line and not line.startswith("#version")]
         return tokenizer_json(vocab, SPLIT[family], family != "gpt2", added.values(), merges=merges)
@@ -810,13 +839,12 @@ def older_tokenizer(path, files, family):
     return tokenizer_json(vocab, SPLIT["llama"], False, (added or llama3).values(), first=[LLAMA3[0]])
 
 
-def public_tokenizer(path, files, chat="auto", system=""):
+def public_tokenizer(path, files, family, cfg, chat="auto", system=""):
     """tokenizer.json -> Tokenizer, or in one line why it cannot be."""
     def refuse(why):
         raise InputError(f"{path}: no tiktoken Encoding can stand for its tokenizer: {why}")
 
-    family, cfg = public_config(path, files)
-    t, settings = parsed(path, files, "tokenizer.json"), parsed(path, files, "tokenizer_config.json", {})
+    t = json_of(path, files, "tokenizer.json")
     bpe, added, first = t["model"], t.get("added_tokens") or [], []
     listed = lambda x, steps: [] if x is None else x[steps] if x["type"] == "Sequence" else [x]
 
@@ -831,7 +859,7 @@ def public_tokenizer(path, files, chat="auto", system=""):
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     if cuts in ([level], [level | {"use_regex": False}]):
         pattern = SPLIT["gpt2"] if cuts == [level] else r"[\s\S]+"
-    elif cuts != [split, level | {"use_regex": False}]:
+    elif cuts != [split, level | {"use_regex": False}] or re.search(OTHERWISE, pattern):
         refuse(f"its pre-tokeniser is {cuts}")
     for x in listed(t.get("post_processor"), "processors"):
         if x["type"] == "TemplateProcessing" and "Sequence" in x["single"][-1]:
@@ -839,45 +867,79 @@ def public_tokenizer(path, files, chat="auto", system=""):
         elif x["type"] != "ByteLevel":
             refuse(f"its post-processor is {x['type']}, or adds a token behind the text")
     for x in added:
-        if x.get("lstrip") or x.get("rstrip") or x.get("single_word"):
-            refuse(f"the added token {x['content']!r} looks at its surroundings")
+        if any(map(x.get, ("lstrip", "rstrip", "single_word"))) or normal and x.get("normalized") or not x["content"]:
+            refuse(f"the added token {x['content']!r} is empty, is normalised or looks at its surroundings")
 
     # the merges
     usual = ("type", "vocab", "merges", "ignore_merges", "unk_token", "fuse_unk")
     on = [name for name, x in bpe.items() if x and name not in usual]
-    if bpe.get("type") != "BPE" or on:
-        refuse(f"its model is {bpe.get('type')}" + f" with {', '.join(on)}" * bool(on))
+    if bpe.get("type", "BPE") != "BPE" or on:
+        refuse(f"its model is {bpe.get('type', 'BPE')}" + f" with {', '.join(on)}" * bool(on))
     special = {x["content"]: x["id"] for x in added}
     odd = [x for x in bpe["vocab"] if x not in special and not BYTE.keys() >= set(x)]
     odd += BYTE.keys() - bpe["vocab"].keys()
     if odd:
         refuse(f"its vocabulary is not byte-level, see {odd[0]!r}")
     ranks = {unspelled(x): i for x, i in bpe["vocab"].items() if x not in special}
+    ids = sorted([*ranks.values(), *special.values()])
+    if ids[0] < 0 or ids[-1] >= cfg.vocab or len(set(ids)) < len(ids):
+        refuse(f"it has ids from {ids[0]} to {ids[-1]}, {len(ids) - len(set(ids))} of them twice, and the model "
+               f"{cfg.vocab} rows")
     pairs = [x.split(" ") if isinstance(x, str) else x for x in bpe["merges"]]
     odd = unlike(ranks, [tuple(map(unspelled, pair)) for pair in pairs], bpe.get("ignore_merges"))
     if odd:
         refuse(f"its merges are not those that the ids imply: {odd[0]!r} is made of {odd[1]}")
-    top = max(*ranks.values(), *special.values())
-    if top >= cfg.vocab:
-        refuse(f"it has the id {top}, and the model {cfg.vocab} rows")
 
-    # the chat format
-    template = files.get("chat_template.jinja") or settings.get("chat_template") or ""
-    if isinstance(template, list):
-        template = {x["name"]: x["template"] for x in template}.get("default", "")
-    known = [x for x, marks in CHAT.items() if special.keys() >= set(marks) and marks[-1] in (template or marks)]
-    if template and not known and chat != "plain":
-        refuse("its chat template is neither ChatML nor Llama 3's; --chat plain goes without")
-    own = re.search(r"<\|im_start\|>system(?:\\n|\n)([^<{}'\"]+)<\|im_end\|>", template)      # Qwen 2.5 opens with one
     name = hashlib.sha256(repr((pattern, normal, first, sorted(ranks.items()), special)).encode()).hexdigest()[:12]
     tokenizer = Tokenizer(f"{family} {name}", pattern, ranks, special, end=cfg.stop[0], first=first, nfc=bool(normal),
-                          plain=[x["content"] for x in added if not x.get("special")], vocab=cfg.vocab,
-                          chat=(known or [""])[0], turns=as_turns(chat, bool(known and template)),
-                          system=system or (own[1] if own else ""), files=files)
+                          plain=[x["content"] for x in added if not x.get("special")], vocab=cfg.vocab, files=files)
     probe = "aA1 \u00e9\u6f22\u0e01\u0301\U0001f642\t\r\n  _\x00\u200b.\ud7ff"
     if tokenizer.decode(tokenizer.encode_ordinary(probe)) != (unicodedata.normalize("NFC", probe) if normal else probe):
         refuse("its split pattern leaves parts of a text out")
+    set_chat(path, tokenizer, chat, system)
     return tokenizer
+
+
+def set_chat(path, tokenizer, chat, system):
+    """The format of chats, by the template in the folder: what it writes is compared with what encode_chat writes.
+
+    A template is a program in jinja, and runs in jinja's sandbox, as it does everywhere.
+    """
+    settings = json_of(path, tokenizer.files, "tokenizer_config.json", {})
+    template = tokenizer.files.get("chat_template.jinja") or settings.get("chat_template") or ""
+    if isinstance(template, list):
+        template = {x["name"]: x["template"] for x in template}.get("default", "")
+    known = [name for name, marks in CHAT.items() if tokenizer.marks.keys() >= set(marks)]
+    known = [name for name in known if not template or CHAT[name][0] in template]
+    tokenizer.turns, tokenizer.chat, tokenizer.system = as_turns(chat, bool(template)), (known or [""])[0], system
+    tokenizer.lead = tokenizer.first
+    if not template:
+        return
+    try:
+        if not known:
+            raise ValueError("its marks are neither ChatML's nor Llama 3's")
+        from jinja2.sandbox import ImmutableSandboxedEnvironment                             # comes with torch
+        write = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template).render
+        word = lambda x: x["content"] if isinstance(x, dict) else x or ""
+        words = {name: word(settings.get(name)) for name in ("bos_token", "eos_token")}
+        turn = lambda role, text: {"role": role, "content": text}
+        told, talk = turn("system", "S"), [turn("user", "U"), turn("assistant", "A"), turn("user", "V")]
+        bare, own = (write(messages=x, add_generation_prompt=True, **words) for x in (talk, [told] + talk))
+        head, mark, end = tokenizer.decode(header(tokenizer, "system")[0]), CHAT[known[0]][0], CHAT[known[0]][-1]
+        content = lambda text: text.split(head)[1].split(end)[0] if head in text else ""
+        tokenizer.lead = tokenizer.encode(bare.split(mark)[0], allowed_special="all")
+        tokenizer.preamble = content(own).removesuffix("S")
+        default = content(bare).removeprefix(tokenizer.preamble)
+        for messages, theirs in ((talk, bare), ([told] + talk, own)):
+            tokenizer.system = default
+            ours = tokenizer.decode(prompt_ids(tokenizer, {"messages": messages}))
+            if theirs != ours:
+                raise ValueError(f"it writes {theirs!r} where {known[0]} has {ours!r}")
+        tokenizer.system = system or default
+    except Exception as e:                                                # a template may fail in any way
+        if chat != "plain":
+            raise InputError(f"{path}: its chat template is not understood ({e}); --chat plain goes without") from None
+        tokenizer.chat = ""
 
 
 def read_public(path, device="cpu", chat="auto", system=""):
@@ -887,20 +949,22 @@ def read_public(path, device="cpu", chat="auto", system=""):
         if os.path.exists(os.path.join(path, name)):
             with open(os.path.join(path, name), encoding="utf-8", errors="replace") as f:
                 files[name] = f.read()
-    family, cfg = public_config(path, files)
     try:
+        family, cfg = public_config(path, files)
         if "tokenizer.json" not in files:
             files["tokenizer.json"] = json.dumps(older_tokenizer(path, files, family))
-        tokenizer = public_tokenizer(path, {name: files[name] for name in FILES[:6] if name in files}, chat, system)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-        raise InputError(f"{path}: its tokenizer files are not as expected ({type(e).__name__}: {e})") from None
-    if tokenizer.chat:
-        cfg.stop = tuple(dict.fromkeys((*cfg.stop, tokenizer.turn_end)))
-    return public_weights(path, files, family, cfg, device), tokenizer
+        kept = {name: files[name] for name in FILES[:6] if name in files}
+        tokenizer = public_tokenizer(path, kept, family, cfg, chat, system)
+        as_turns("auto", tokenizer.turns, system)
+        if tokenizer.chat:
+            cfg.stop = tuple(dict.fromkeys((*cfg.stop, tokenizer.turn_end)))
+        return public_weights(path, files, family, cfg, device), tokenizer
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as e:
+        raise InputError(f"{path}: its files are not as expected ({type(e).__name__}: {e})") from None
 
 
 def own_files(cfg, family, tokenizer):
-    """config.json and tokenizer.json of a model that began here."""
+    """config.json, tokenizer.json and, where prompts are turns, chat_template.jinja of a model that began here."""
     sizes = GPT2_SIZES if family == "gpt2" else SIZES
     config = {"model_type": family, "architectures": [FAMILIES[family]], "tie_word_embeddings": cfg.tied}
     config |= {theirs: getattr(cfg, ours) for ours, theirs in sizes.items()} | {"bos_token_id": None}
@@ -908,13 +972,22 @@ def own_files(cfg, family, tokenizer):
         config |= {"attention_bias": cfg.bias, "mlp_bias": cfg.bias}
     vocab = {spelled(token): i for token, i in tokenizer._mergeable_ranks.items()}
     added = [{"content": x, "id": i, "special": True} for x, i in tokenizer.marks.items()]
-    files = {"config.json": config, "tokenizer.json": tokenizer_json(vocab, tokenizer._pat_str, False, added)}
-    return {name: json.dumps(x) for name, x in files.items()}
+    files = {"config.json": json.dumps(config),
+             "tokenizer.json": json.dumps(tokenizer_json(vocab, tokenizer._pat_str, False, added))}
+    if tokenizer.turns:
+        turn = "{{ '<|im_start|>' + %s + '\\n' + %s + '<|im_end|>\\n' }}"
+        system = turn % ("'system'", json.dumps(tokenizer.system)) if tokenizer.system else ""
+        files["chat_template.jinja"] = (
+            "{% if messages[0].role != 'system' %}" + system + "{% endif %}{% for m in messages %}"
+            + turn % ("m.role", "m.content") + "{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    return files
 
 
 def write_public(folder, model, tokenizer):
     """What read_public and transformers read: float32 weights; the files that came with a model go with it."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise InputError(f"{folder}: pip install safetensors, to write a public model") from None
@@ -923,29 +996,34 @@ def write_public(folder, model, tokenizer):
     cfg, stop = model.cfg, {"eos_token_id": list(model.cfg.stop)}
     family = "gpt2" if cfg.positions == "learned" else "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
     files = dict(tokenizer.files) or own_files(cfg, family, tokenizer)
-    config = parsed(folder, files, "config.json") | stop | {"torch_dtype": "float32"}
+    config = json_of(folder, files, "config.json") | stop | {"torch_dtype": "float32"}
     if family != "gpt2":                                             # spelled as every version of transformers reads it
         *factors, original = cfg.rope_scaling or [0]
         scaling = {"rope_type": "llama3"} | dict(zip(ROPE, [*factors, int(original)])) if factors else None
         config |= {"rope_theta": cfg.rope_base, "rope_scaling": scaling}
     config = {name: x for name, x in config.items() if name not in ("dtype", "rope_parameters")}
     plain = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.decode([tokenizer.end])}
-    settings = parsed(folder, files, "tokenizer_config.json", plain)
-    more = parsed(folder, files, "generation_config.json", {}) | stop
+    settings = json_of(folder, files, "tokenizer_config.json", plain)
+    more = json_of(folder, files, "generation_config.json", {}) | stop
     files |= {name: json.dumps(x, indent=2, ensure_ascii=False) for name, x in
               (("config.json", config), ("tokenizer_config.json", settings), ("generation_config.json", more))}
-    told = asdict(public_config(folder, files)[1])
+    again = asdict(public_config(folder, files)[1])
     for field, x in asdict(cfg).items():
-        if told[field] != x:
+        if again[field] != x:
             raise InputError(f"{folder}: a {family} config.json cannot say {field} = {x}")
-    part = os.path.normpath(folder) + ".tmp"
-    os.makedirs(part, exist_ok=True)
-    for name, text in files.items():
-        with open(os.path.join(part, name), "w", encoding="utf-8") as f:
-            f.write(text)
-    save_file({name: x.contiguous() for name, x in public_views(model, family).items()},
-              os.path.join(part, "model.safetensors"), metadata={"format": "pt"})
-    os.replace(part, folder)
+    unfinished = os.path.normpath(folder) + ".tmp"
+    os.makedirs(unfinished)
+    try:
+        for name, text in files.items():
+            with open(os.path.join(unfinished, name), "w", encoding="utf-8") as f:
+                f.write(text)
+        save_file({name: x.contiguous() for name, x in public_views(model, family).items()},
+                  os.path.join(unfinished, "model.safetensors"), metadata={"format": "pt"})
+        os.replace(unfinished, folder)
+    except SafetensorError as e:
+        raise InputError(f"{folder}: could not be written ({e})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)                     # nothing is left of one that failed
 
 
 # --------------------------------------------------------------------------------------------- checkpoints, saved whole
@@ -982,11 +1060,24 @@ def read_checkpoint(folder):
         raise InputError(f"{path}: not a nanoPO checkpoint ({type(e).__name__})") from e
 
 
+def is_public(folder, made=False):
+    """Whether a folder holds a public model's config.json, and no run's; with made, or a run's that began with one."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            saved = json.load(f)
+    except OSError:
+        return False
+    except (ValueError, RecursionError):
+        return True                                                       # reading it will say what is wrong
+    run = isinstance(saved, dict) and "script" in saved
+    return bool(made and saved.get("public")) if run else True
+
+
 def load(path, device="cpu", kind=None, chat="auto", system=""):
     """A checkpoint folder or a public model's -> model, tokenizer. kind: "GPT" or "ScalarModel" where nothing else will
     do. chat: "chat" makes a lone prompt a user's turn, "plain" leaves it bare; "auto", and a system line of "", keep
     what the checkpoint was trained with, or the public model's template says."""
-    public = not os.path.exists(os.path.join(path, "ckpt.pt")) and os.path.exists(os.path.join(path, "config.json"))
+    public = is_public(path) and not os.path.exists(os.path.join(path, "ckpt.pt"))
     data = {"kind": "GPT"} if public else read_checkpoint(path)
     if kind and data["kind"] != kind:
         name = {"GPT": "a policy", "ScalarModel": "a reward model"}
@@ -999,12 +1090,17 @@ def load(path, device="cpu", kind=None, chat="auto", system=""):
         raise InputError(f"{path}: its config does not describe a model ({e})") from None
     model = model if data["kind"] == "GPT" else ScalarModel(model)
     load_weights(model, data["model"], path, "its config asks for")
-    spoken = data["tokenizer"] if isinstance(data["tokenizer"], dict) else {"name": data["tokenizer"]}  # a name: of old
-    turns = as_turns(chat, spoken.get("turns", False))
-    system = system or spoken.get("system", "")
-    if spoken.get("files"):
-        return model.to(device), public_tokenizer(path, spoken["files"], "chat" if turns else "plain", system)
-    return model.to(device), make_tokenizer(spoken["name"], turns, system)
+    return model.to(device), saved_tokenizer(path, data["tokenizer"], chat, system)
+
+
+def saved_tokenizer(path, saved, chat, system):
+    """The tokenizer of a checkpoint, with prompts written as they were, or as --chat and --system say now."""
+    saved = saved if isinstance(saved, dict) else {"name": saved}         # a name alone: from before there were others
+    turns, system = as_turns(chat, saved.get("turns", False), system), system or saved.get("system", "")
+    if not saved.get("files"):
+        return make_tokenizer(saved["name"], turns, system)
+    family, cfg = public_config(path, saved["files"])
+    return public_tokenizer(path, saved["files"], family, cfg, "chat" if turns else "plain", system)
 
 
 def load_reward(path, policy, tokenizer):
@@ -1226,7 +1322,7 @@ def answer_number(text):
 
 def states_number(text):
     """Whether an answer says where its number is, once: alone behind a last "####", or in a \\boxed{...}."""
-    tail = text.rpartition("####")[2].strip().rstrip(".%")
+    tail = text.replace("\u2212", "-").rpartition("####")[2].strip().rstrip(".%")
     alone = "\\boxed" in text or NUMBER.fullmatch(tail)
     return bool(alone and text.count("####") + text.count("\\boxed") == 1 and answer_number(text) is not None)
 
@@ -1542,7 +1638,7 @@ def parse_config(Config, argv=None):
     cfg = parsed()
     if not cfg.resume:
         ours = inspect.getmodule(Config).__dict__.get("PUBLIC", {})
-        if ours and is_public(cfg.init):
+        if ours and cfg.init and is_public(cfg.init, made=True):
             parser.set_defaults(**ours)
             told = " ".join(f"--{name} {x}" for name, x in ours.items())
             print(f"{cfg.init} is or was made from a public model: defaults are {told}")
@@ -1559,16 +1655,6 @@ def parse_config(Config, argv=None):
         raise InputError(f"{cfg.out}: this is a run of {saved.get('script')}, not of {script_name(Config)}")
     parser.set_defaults(**{name: x for name, x in saved.items() if name in comment and name not in ("out", "resume")})
     return parsed()
-
-
-def is_public(folder):
-    """Whether a folder holds a public model, or a checkpoint that was made from one."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            saved = json.load(f)
-    except (OSError, ValueError):
-        return False
-    return isinstance(saved, dict) and bool(saved.get("public") or "script" not in saved and "model_type" in saved)
 
 
 def script_name(Config):
@@ -1677,6 +1763,8 @@ class Folder:
             self.write_rows("metrics.jsonl", self.rows)
             for row in self.rows if self.guard else []:
                 self.guard.check(row)
+        elif is_public(self.out):
+            raise InputError(f"--out {self.out}: a model that no run left is there; name another folder")
         elif os.path.exists(self.path("config.json")):               # nothing that an earlier run made is lost
             old = next(f"{self.out}.{i}" for i in range(1, 10_000) if not os.path.exists(f"{self.out}.{i}"))
             os.rename(self.out, old)
@@ -1792,6 +1880,10 @@ if __name__ == "__main__":
     try:
         model, tokenizer = load(sys.argv[2], kind="GPT")
         write_public(sys.argv[3], model, tokenizer)
-        print(f"{sys.argv[3]}: {sum(p.numel() for p in model.parameters()):,} parameters in float32, and a tokenizer")
     except InputError as e:
         sys.exit(f"model.py: {e}")
+    except OSError as e:
+        sys.exit(f"model.py: {e.filename or sys.argv[3]}: {e.strerror or e}")
+    print(f"{sys.argv[3]}: {sum(p.numel() for p in model.parameters()):,} parameters in float32, and a tokenizer")
+    if tokenizer.turns and tokenizer.system:
+        print(f"its prompts opened with the system line {tokenizer.system!r}")

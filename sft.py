@@ -179,7 +179,7 @@ def train(cfg):
         if cfg.tokenizer not in (Config.tokenizer, tokenizer.name):
             raise InputError(f"--tokenizer {cfg.tokenizer}: {cfg.init} has its own, kept")
     else:
-        tokenizer = make_tokenizer(cfg.tokenizer, as_turns(cfg.chat, False), cfg.system)
+        tokenizer = make_tokenizer(cfg.tokenizer, as_turns(cfg.chat, False, cfg.system), cfg.system)
         if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
             raise InputError(f"--width {cfg.width} --heads {cfg.heads}: a head needs an even whole number of channels")
         model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,

@@ -257,6 +257,60 @@ def test_what_gpt_cannot_do_is_named(hub, tmp_path, name, change, named):
     assert named in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("more", [
+    dict(predict_special_tokens=True, n_special=0, output_past=True, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0}, return_dict=True, tokenizer_class="GPT2Tokenizer"),
+    dict(_attn_implementation_autoset=True, unsloth_fixed=True, is_llama_config=True, torch_dtype="bfloat16", sliding_window=4096, use_mrope=False, rope_interleaved=False)])
+def test_what_changes_nothing_is_let_through(hub, tmp_path, more):
+    """Fields that the public gpt2-medium, distilgpt2, gpt2-xl and others carry along."""
+    for name in ("gpt2", "llama3", "qwen2"):
+        assert same(load(edited(hub[name][0], tmp_path, **more))[0], load(hub[name][0])[0])
+
+
+@pytest.mark.parametrize("file, change", [
+    ("config.json", dict(rope_scaling=[1])), ("config.json", dict(rope_scaling="yarn")), ("config.json", dict(rope_parameters={"rope_theta": None})), ("config.json", dict(rope_parameters={"rope_theta": "big"})),
+    ("config.json", dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5})), ("config.json", dict(rope_parameters=SCALED | {"high_freq_factor": 1.0})),
+    ("config.json", dict(model_type=["qwen2"])), ("config.json", dict(eos_token_id=[[1]])), ("config.json", dict(eos_token_id="</s>")), ("config.json", dict(eos_token_id=V)),
+    ("config.json", dict(eos_token_id=-1)), ("config.json", dict(layer_types=5)), ("config.json", dict(hidden_size=-48)), ("config.json", dict(num_hidden_layers=0)),
+    ("config.json", dict(num_hidden_layers=True)), ("generation_config.json", dict(eos_token_id=1.5)), ("tokenizer_config.json", dict(chat_template=7)),
+    ("tokenizer.json", dict(added_tokens=[{"id": 600}])), ("tokenizer.json", dict(model=[])), ("tokenizer.json", dict(model={"vocab": [], "merges": []}))])
+def test_strange_files_end_in_one_line(hub, tmp_path, file, change):
+    with pytest.raises(InputError) as e:
+        load(edited(hub["llama3"][0], tmp_path, file, **change))
+    assert "\n" not in str(e.value)
+
+
+def test_strange_indices_and_torn_files_end_in_one_line(hub, tmp_path):
+    shutil.copytree(hub["gpt2"][0], tmp_path / "x")
+    for name, text in (("model.safetensors.index.json", '{"weight_map": []}'), ("model.safetensors.index.json", "null"), ("model.safetensors.index.json", '{"a": 1}'),
+                       ("tokenizer.json", '{"model"'), ("tokenizer.json", "[" * 100_000), ("tokenizer.json", ""), ("config.json", '{"model_type": "gpt2"')):
+        old = (tmp_path / "x" / name).read_bytes() if (tmp_path / "x" / name).exists() else None
+        (tmp_path / "x" / name).write_text(text)
+        with pytest.raises(InputError) as e:
+            load(str(tmp_path / "x"))
+        assert "\n" not in str(e.value)
+        (tmp_path / "x" / name).write_bytes(old) if old else os.remove(tmp_path / "x" / name)
+    assert same(load(str(tmp_path / "x"))[0], load(hub["gpt2"][0])[0])
+
+
+def test_export_takes_nothing_over_and_leaves_nothing_half_done(hub, tmp_path):
+    M.save(str(tmp_path), *load(hub["gpt2"][0]))
+    export = lambda *args: subprocess.run([sys.executable, os.path.join(ROOT, "model.py"), *args], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "mine.tmp").mkdir()
+    (tmp_path / "mine.tmp/config.json").write_text("precious")
+    (tmp_path / "file").write_text("")
+    for args in (["export", ".", "mine"], ["export", ".", ""], ["export", ".", "file/x"], ["export", ".", "mine.tmp"], ["export", "nowhere", "x"], ["export", "."], ["improt", ".", "x"]):
+        done = export(*args)
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (tmp_path / "mine.tmp/config.json").read_text() == "precious" and sorted(os.listdir(tmp_path)) == ["ckpt.pt", "file", "mine.tmp"]
+    assert export("export", ".", "new/folder/").returncode == 0 and same(load(str(tmp_path / "new/folder"))[0], load(hub["gpt2"][0])[0])
+    assert os.listdir(tmp_path / "new") == ["folder"]
+
+
+def test_the_tokenizer_of_the_first_gpt2_file_has_no_type(hub, tmp_path):
+    folder = changed(hub["gpt2"][0], tmp_path, lambda t: t["model"].pop("type"))
+    assert load(folder)[1].name == load(hub["gpt2"][0])[1].name
+
+
 def test_both_spellings_of_rope(hub, tmp_path):
     folder, _ = hub["llama3"]
     scaling = {name: x for name, x in SCALED.items() if name != "rope_theta"}
@@ -398,10 +452,14 @@ def swap(x, i, j):
     (lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True}), "Digits"),
     (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{L}+"}), "leaves parts of a text out"),
     (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "("}), "not as expected"),
+    (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{N}{1,3}+|[\s\S]"}), "{1,3}+"),       # a repeat there, possessive here
+    (lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"^\s+|[\s\S]"}), "^"),                   # every line's start there
     (lambda t: t.update(post_processor={"type": "BertProcessing", "sep": ["a", 1], "cls": ["a", 1]}), "BertProcessing"),
     (lambda t: t["added_tokens"][0].update(lstrip=True), "looks at its surroundings"), (lambda t: t["model"]["vocab"].pop("a"), "not byte-level, see 'a'"),
     (lambda t: t["model"]["vocab"].update({"▁the": 600}), "not byte-level, see '▁the'"), (lambda t: swap(t["model"]["merges"], 5, 90), "its merges are not those"),
-    (lambda t: t["model"]["merges"].pop(30), "its merges are not those"), (lambda t: t["added_tokens"][0].update(id=V), f"the id {V}, and the model {V} rows"),
+    (lambda t: t["model"]["merges"].pop(30), "its merges are not those"), (lambda t: t["added_tokens"][0].update(id=V), f"ids from 0 to {V}, 0 of them twice, and the model {V} rows"), (lambda t: t["added_tokens"][0].update(id=-1), "ids from -1"),
+    (lambda t: t["added_tokens"][0].update(id=70), "1 of them twice"), (lambda t: t["added_tokens"][0].update(content=""), "is empty"),
+    (lambda t: t["added_tokens"][0].update(normalized=True), "is normalised"),
     (lambda t: t.pop("model"), "not as expected")])
 def test_a_tokenizer_that_cannot_be_represented_is_refused_with_the_reason(hub, tmp_path, change, why):
     with pytest.raises(InputError, match="tokenizer") as e:
@@ -410,11 +468,13 @@ def test_a_tokenizer_that_cannot_be_represented_is_refused_with_the_reason(hub, 
 
 
 def test_merges_that_are_accepted_give_the_same_ids_on_every_text():
-    """Random lists of merges over three letters, most of which no training could give: what passes the check is what agrees."""
+    """Random lists of merges over three letters, most of which no training could give: what passes the check is what agrees. Some have
+    their ids in another order, a token that no merge makes, or every pair that makes a token, as Llama 3's file has."""
     rng, accepted, refused = random.Random(0), 0, 0
     letters = list(M.LETTER.values())
     files = {"config.json": json.dumps(dict(model_type="llama", vocab_size=400, eos_token_id=1, **{x: 8 for x in M.SIZES.values() if x != "vocab_size"}))}
-    while accepted < 150 or refused < 150:
+    family, cfg = M.public_config("x", files)
+    while accepted < 300 or refused < 300:
         vocab, merges = {x: i for i, x in enumerate(letters)}, []
         known = ["a", "b", "c"]
         for _ in range(rng.randrange(1, 7)):
@@ -428,10 +488,16 @@ def test_merges_that_are_accepted_give_the_same_ids_on_every_text():
         if rng.random() < .3:                                             # a token that no merge makes
             vocab.setdefault("".join(rng.choices("abc", k=4)), len(vocab))
         loose = rng.random() < .5
+        own = [x for x in vocab if len(x) > 1]
+        if rng.random() < .3:
+            vocab |= dict(zip(own, rng.sample(range(256, 256 + len(own)), len(own))))
+        if rng.random() < .3:
+            every = [[x[:i], x[i:]] for x in sorted(own, key=vocab.get) for i in range(1, len(x)) if x[:i] in vocab and x[i:] in vocab]
+            merges = every or merges
         t = M.tokenizer_json(vocab, M.SPLIT["llama"], False, [], merges=merges)
         t["model"]["ignore_merges"] = loose
         try:
-            ours = M.public_tokenizer("x", files | {"tokenizer.json": json.dumps(t)})
+            ours = M.public_tokenizer("x", files | {"tokenizer.json": json.dumps(t)}, family, cfg)
         except InputError as e:
             assert "its merges" in str(e)
             refused += 1
@@ -483,20 +549,59 @@ def test_a_lone_prompt_is_a_users_turn_where_the_model_has_a_template(hub, name,
     assert M.prompt_ids(load(str(tmp_path), chat="plain")[1], row) == M.prompt_ids(plain, row)
 
 
-def test_the_templates_own_system_line_is_used_and_a_strange_template_refused(hub, tmp_path):
-    folder, _ = hub["qwen2"]
-    own = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{% endif %}" + CHATML
-    qwen = edited(folder, tmp_path, "tokenizer_config.json", chat_template=own)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(qwen), load(qwen)[1]
-    assert ours.system == "You are Qwen."
-    for said in (TALK[:1], [dict(role="system", content="Be brief.")] + TALK[:1]):
+SYSTEM = "{%% if messages[0]['role'] != 'system' %%}{{ '<|im_start|>system\\n%s<|im_end|>\\n' }}{%% endif %%}"
+DATES = ("{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] | trim %}{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}"
+         "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n' + s + '<|eot_id|>' }}"
+         + LLAMA3.removeprefix("{{ bos_token }}"))                        # as Llama 3.1 and 3.2 have it, by the date that they fall back to
+
+
+@pytest.mark.parametrize("name, template, system", [
+    ("qwen2", SYSTEM % "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." + CHATML, "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    ("qwen2", SYSTEM % "Reason, and put your answer within \\\\boxed{}." + CHATML, "Reason, and put your answer within \\boxed{}."),
+    ("qwen2", SYSTEM % "You\\'re A.\\nBe <brief>." + CHATML, "You're A.\nBe <brief>."), ("llama3", DATES, ""),
+    ("qwen2", "<|endoftext|>" + CHATML, "")])
+def test_what_a_template_writes_besides_the_turns_is_written(hub, tmp_path, name, template, system):
+    folder = edited(hub[name][0], tmp_path, "tokenizer_config.json", chat_template=template)
+    theirs, (model, ours) = transformers.AutoTokenizer.from_pretrained(folder), load(folder)
+    assert ours.system == system
+    for said in (TALK[:1], [dict(role="system", content=" Be brief. ")] + TALK[:1], TALK[:3]):
+        said = [m | {"content": m["content"].replace("<|im_end|>", "so")} for m in said]
         assert M.prompt_ids(ours, {"messages": said}) == theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
-    strange = edited(folder, tmp_path, "tokenizer_config.json", chat_template="{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}")
-    with pytest.raises(InputError, match="neither ChatML nor Llama 3's"):
-        load(strange)
-    assert not load(strange, chat="plain")[1].turns
-    with pytest.raises(InputError, match="messages need ChatML's or Llama 3's marks"):
-        M.prompt_ids(load(hub["gpt2"][0])[1], {"messages": TALK})
+    M.save(str(tmp_path), model, ours)
+    for again in (load(str(tmp_path))[1], load(str(tmp_path), system="Be brief.")[1]):
+        said = [dict(role="system", content="Be brief.")] * (again.system == "Be brief.") + [dict(role="user", content="2+2?")]
+        assert M.prompt_ids(again, {"prompt": "2+2?"}) == theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("template, why", [
+    ("{% for m in messages %}[INST]{{ m['content'] }}[/INST]{% endfor %}", "its marks are neither ChatML's nor Llama 3's"),
+    ("{% for m in messages %}<|im_{{ m['role'] }}|>{{ m['content'] }}<|im_end|>{% endfor %}", "its marks are neither"), ("{% for %}", "not understood"),
+    (CHATML + "{% if add_generation_prompt %}<think>\n{% endif %}", "it writes"), (CHATML.replace("<|im_end|>\n", "<|im_end|>"), "it writes"),
+    (CHATML.replace("{% for", "{{ raise_exception('no system') if messages[0].role == 'system' }}{% for"), "not understood")])
+def test_a_template_that_writes_other_prompts_is_refused(hub, tmp_path, template, why):
+    folder = edited(hub["qwen2"][0], tmp_path, "tokenizer_config.json", chat_template=template)
+    with pytest.raises(InputError, match="--chat plain goes without") as e:
+        load(folder)
+    assert why in str(e.value) and "\n" not in str(e.value)
+    plain = load(folder, chat="plain")[1]
+    assert not plain.turns and M.prompt_ids(plain, {"prompt": "hi"}) == plain.encode("hi")
+    with pytest.raises(InputError, match="a chat .* needs ChatML's or Llama 3's marks"):
+        M.prompt_ids(plain, {"messages": TALK})
+
+
+def test_prompts_stay_as_they_were_on_the_way_out(tmp_path, hub):
+    """A model that began here gets a template of its own; --system says nothing where prompts are bare."""
+    model = M.GPT(GPTConfig())
+    for system in ("", 'Say "{{ hi }}"\nand 汉字 \\boxed{}.'):
+        M.write_public(str(tmp_path / f"out{len(system)}"), model, make_tokenizer(turns=True, system=system))
+        back = load(str(tmp_path / f"out{len(system)}"))[1]
+        assert back.turns and back.system == system
+        assert back.decode(M.prompt_ids(back, {"prompt": "2+2?"})) == make_tokenizer().decode(M.prompt_ids(make_tokenizer(turns=True, system=system), {"prompt": "2+2?"}))
+    M.write_public(str(tmp_path / "plain"), model, make_tokenizer())
+    assert not load(str(tmp_path / "plain"))[1].turns
+    for folder in (str(tmp_path / "plain"), hub["gpt2"][0]):
+        with pytest.raises(InputError, match="--system Hm: prompts are bare text here; --chat chat"):
+            load(folder, system="Hm")
 
 
 # the scripts

@@ -901,10 +901,8 @@ def public_tokenizer(path, files, family, cfg, chat="auto", system=""):
 
 
 def set_chat(path, tokenizer, chat, system):
-    """The format of chats, by the template in the folder: what it writes is compared with what encode_chat writes.
-
-    A template is a program in jinja, and runs in jinja's sandbox, as it does everywhere.
-    """
+    """How chats are written, by the template in the folder. It is a program in jinja: it is run in jinja's sandbox on a
+    short talk, and what it writes must be what encode_chat writes, or it is refused."""
     settings = json_of(path, tokenizer.files, "tokenizer_config.json", {})
     template = tokenizer.files.get("chat_template.jinja") or settings.get("chat_template") or ""
     if isinstance(template, list):
@@ -923,22 +921,22 @@ def set_chat(path, tokenizer, chat, system):
         word = lambda x: x["content"] if isinstance(x, dict) else x or ""
         words = {name: word(settings.get(name)) for name in ("bos_token", "eos_token")}
         turn = lambda role, text: {"role": role, "content": text}
-        told, talk = turn("system", "S"), [turn("user", "U"), turn("assistant", "A"), turn("user", "V")]
-        bare, own = (write(messages=x, add_generation_prompt=True, **words) for x in (talk, [told] + talk))
-        head, mark, end = tokenizer.decode(header(tokenizer, "system")[0]), CHAT[known[0]][0], CHAT[known[0]][-1]
-        content = lambda text: text.split(head)[1].split(end)[0] if head in text else ""
-        tokenizer.lead = tokenizer.encode(bare.split(mark)[0], allowed_special="all")
-        tokenizer.preamble = content(own).removesuffix("S")
-        default = content(bare).removeprefix(tokenizer.preamble)
-        for messages, theirs in ((talk, bare), ([told] + talk, own)):
-            tokenizer.system = default
-            ours = tokenizer.decode(prompt_ids(tokenizer, {"messages": messages}))
-            if theirs != ours:
-                raise ValueError(f"it writes {theirs!r} where {known[0]} has {ours!r}")
-        tokenizer.system = system or default
+        talk = [turn("user", "U"), turn("assistant", "A"), turn("user", "V")]
+        talks = talk, [turn("system", "S")] + talk
+        theirs = [write(messages=x, add_generation_prompt=True, **words) for x in talks]
+        head, end = tokenizer.decode(header(tokenizer, "system")[0]), CHAT[known[0]][-1]
+        bare, own = (x.split(head)[1].split(end)[0] if head in x else "" for x in theirs)    # texts of the system turns
+        tokenizer.lead = tokenizer.encode(theirs[0].split(CHAT[known[0]][0])[0], allowed_special="all")
+        tokenizer.preamble = own.removesuffix("S")
+        tokenizer.system = bare.removeprefix(tokenizer.preamble)
+        ours = [tokenizer.decode(prompt_ids(tokenizer, {"messages": x})) for x in talks]
+        if theirs != ours:
+            raise ValueError(f"it writes {theirs} where {known[0]} has {ours}")
+        tokenizer.system = system or tokenizer.system
     except Exception as e:                                                # a template may fail in any way
         if chat != "plain":
-            raise InputError(f"{path}: its chat template is not understood ({e}); --chat plain goes without") from None
+            why = " ".join(str(e).split())
+            raise InputError(f"{path}: its chat template is not understood ({why}); --chat plain goes without")
         tokenizer.chat = ""
 
 

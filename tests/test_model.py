@@ -138,9 +138,11 @@ def greedy_without_cache(model, prompt, max_new, stop):
     return ids
 
 
+@pytest.mark.parametrize("room", ({}, {"cpu": 3}))
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_sampled_logp_is_the_scored_logp(family, dtype, tolerance):
-    """The law of DESIGN 2: cache, shared prefill, per-row positions and dropped rows give the full forward's log-probs."""
+def test_sampled_logp_is_the_scored_logp(family, dtype, tolerance, room, monkeypatch):
+    """The law of DESIGN 2: cache, shared prefill, per-row positions, dropped rows and columns made in time give the full forward's log-probs."""
+    monkeypatch.setattr(M.KVCache, "ROOM", room)
     model = tiny(family, dtype)
     tokens, mask, logp = model.generate(PROMPTS, group=4, max_new=12, temperature=1.5)
     scored, _ = model.token_logp(tokens, mask, 1.5)

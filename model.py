@@ -476,14 +476,14 @@ class Tokenizer(tiktoken.Encoding):
     """
 
     def __init__(self, name, pattern, ranks, special, end, first=(), plain=(), nfc=False, vocab=0, chat="", turns=False,
-                 lead=(), preamble="", system="", files=None):
+                 system="", files=None):
         top = max(vocab - 1, *ranks.values(), *special.values())
         gaps = set(range(top + 1)) - set(ranks.values()) - set(special.values())
         unused = {f"<|no token {i}|>": i for i in gaps}                  # a young model may sample any id
         super().__init__(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=unused | special)
         self.end, self.first, self.plain, self.nfc, self.marks = end, list(first), set(plain), nfc, special
-        self.chat, self.turns, self.lead, self.preamble, self.system = chat, turns, list(lead), preamble, system
-        self.files = files or {}
+        self.chat, self.turns, self.system, self.files = chat, turns, system, files or {}
+        self.lead, self.preamble = self.first, ""                         # a template may have others, see set_chat
 
     @property
     def turn_end(self):
@@ -634,9 +634,9 @@ NO_MATTER = (r"_|unsloth_|summary_|.+_pdrop$|(attention_dropout|transformers_ver
              r"initializer_range|pretraining_tp|bos_token_id|pad_token_id|max_window_layers|sliding_window|is_decoder|"
              r"task_specific_params|reorder_and_upcast_attn|gradient_checkpointing|predict_special_tokens|n_special|"
              r"output_past|id2label|label2id|return_dict|tokenizer_class|is_llama_config|transformers\.js_config)$")
-FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
-         "special_tokens_map.json", "tokenizer.json", "model.safetensors.index.json", "vocab.json", "merges.txt",
-         "added_tokens.json", "tokenizer.model")                          # the first six go where the model goes
+KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+        "special_tokens_map.json", "tokenizer.json")                      # files that go where the model goes
+READ = ("model.safetensors.index.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model")
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
          r"|\s+")
 SPLIT = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "qwen2": WORDS,
@@ -917,7 +917,6 @@ def set_chat(path, tokenizer, chat, system):
     known = [name for name, marks in CHAT.items() if tokenizer.marks.keys() >= set(marks)]
     known = [name for name in known if not template or CHAT[name][0] in template]
     tokenizer.turns, tokenizer.chat, tokenizer.system = as_turns(chat, bool(template)), (known or [""])[0], system
-    tokenizer.lead = tokenizer.first
     if not template:
         return
     try:
@@ -950,7 +949,7 @@ def set_chat(path, tokenizer, chat, system):
 def read_public(path, device="cpu", chat="auto", system=""):
     """A folder with config.json, *.safetensors and tokenizer files -> model, tokenizer."""
     files = {}
-    for name in FILES:
+    for name in KEPT + READ:
         if os.path.exists(os.path.join(path, name)):
             with open(os.path.join(path, name), encoding="utf-8", errors="replace") as f:
                 files[name] = f.read()
@@ -958,7 +957,7 @@ def read_public(path, device="cpu", chat="auto", system=""):
         family, cfg = public_config(path, files)
         if "tokenizer.json" not in files:
             files["tokenizer.json"] = json.dumps(older_tokenizer(path, files, family))
-        kept = {name: files[name] for name in FILES[:6] if name in files}
+        kept = {name: files[name] for name in KEPT if name in files}
         tokenizer = public_tokenizer(path, kept, family, cfg, chat, system)
         as_turns("auto", tokenizer.turns, system)
         if tokenizer.chat:

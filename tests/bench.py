@@ -140,8 +140,7 @@ def transformers_generate(model, prompts, group, max_new):
 
     def sample(**how):
         with torch.no_grad():
-            out = peer.generate(ids, attention_mask=seen, pad_token_id=0, top_k=0, top_p=1.0, **how)[:, T:]
-        return out
+            return peer.generate(ids, attention_mask=seen, pad_token_id=0, top_k=0, top_p=1.0, **how)[:, T:]
 
     ours, mask, _ = model.generate(prompts, 1, 16, temperature=0, stop=[model.cfg.vocab])
     theirs = sample(max_new_tokens=16, do_sample=False, eos_token_id=None)

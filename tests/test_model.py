@@ -468,7 +468,7 @@ def test_a_lone_prompt_may_be_a_users_turn_and_a_checkpoint_keeps_how_prompts_ar
 
 def test_llama_3s_chat_format():
     marks = {x: 256 + i for i, x in M.LLAMA3.items()}
-    tok = M.Tokenizer("l", r"[\s\S]+", {bytes([i]): i for i in range(256)}, marks, end=257, first=[256], lead=[256], vocab=300, chat="llama3", turns=True)
+    tok = M.Tokenizer("l", r"[\s\S]+", {bytes([i]): i for i in range(256)}, marks, end=257, first=[256], vocab=300, chat="llama3", turns=True)
     assert tok.decode(M.prompt_ids(tok, {"prompt": " hi "})) == ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
                                                                "<|start_header_id|>assistant<|end_header_id|>\n\n")
     ids, mask = M.encode_chat(tok, [dict(role="user", content="<|eot_id|>"), dict(role="assistant", content="yo"), dict(role="user", content="so"), dict(role="assistant", content="ok")])

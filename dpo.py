@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from model import (Folder, Guard, InputError, Mean, answer_number, batches, check, encode_answer, encoded, evaluate,
                    frozen_logp, half_interval, load, main, make_first, make_optimizer, memory_plan, micro_batches,
-                   pad_batch, read_checkpoint, read_preferences, set_lr, setup, split, sums, table, usable)
+                   pad_batch, read_checkpoint, read_preferences, set_blocks, set_lr, setup, split, sums, table, usable)
 
 PAIRS = "out/reward/preferences.jsonl"                                    # where reward.py leaves what it collected
 
@@ -63,6 +63,7 @@ class Config:
     batch: int = 64               # pairs in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
+    compile: bool = False         # torch.compile the blocks, where that works: a slow start, faster updates
     lr: float = 1e-4              # peak rate of AdamW; for a real pretrained model 5e-7
     warmup: int = 5               # steps of linear warm-up, before half a cosine down to 0
     grad_clip: float = 1.0        # largest gradient norm
@@ -175,7 +176,7 @@ def train(cfg):
         if cfg.init == Config.init and not os.path.exists(PAIRS):
             make_first("out/reward", "reward.py", "out/reward", cfg.seed, "--collect_only")
     policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
-    policy.recompute = cfg.recompute
+    set_blocks(policy, cfg.recompute, cfg.compile)
     rows, val, test = comparisons(cfg, tokenizer, policy.cfg.context)
     asked = questions(val, "val", cfg, tokenizer, policy.cfg.context)
     asked_test = questions(test, "test", cfg, tokenizer, policy.cfg.context)

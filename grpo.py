@@ -31,8 +31,8 @@ import torch
 
 from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, encoded, evaluate,
                    freeze, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
-                   memory_plan, micro_batches, read_rows, set_lr, setup, split, states_number, sums, table, told,
-                   usable)
+                   memory_plan, micro_batches, read_rows, set_blocks, set_lr, setup, split, states_number, sums, table,
+                   told, usable)
 
 
 @dataclass
@@ -65,6 +65,7 @@ class Config:
     minibatch: int = 64           # answers in an optimiser step; divides prompts * group
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
+    compile: bool = False         # torch.compile the blocks, where that works: a slow start, faster updates
     lr: float = 1.5e-4            # peak rate of AdamW; for a real pretrained model 1e-6
     warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
@@ -190,7 +191,7 @@ def train(cfg):
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
     policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
-    policy.recompute = cfg.recompute
+    set_blocks(policy, cfg.recompute, cfg.compile)
     rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, cfg.reward == "rule")
     if not cfg.data and cfg.init == Config.init:
         make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)

@@ -76,6 +76,7 @@ def make_norm(cfg, width):
 
 
 @functools.cache
+@torch.inference_mode(False)                                          # training reads a table that sampling made first
 def rope_table(context, dim, base, scaling, device):
     """cos, sin of position x frequency, (context, D / 2). Not a buffer: a model cast to bf16 must keep float32
     angles."""
@@ -117,50 +118,59 @@ class KVCache:
     """Keys and values of a batch, one pair (B, K, columns, D) a layer.
 
     Prompts are right-padded into columns 0 .. P-1, and the n-th answer token of every row goes to column P + n,
-    whatever its prompt's length: a plain slice. Attention does not care where a key is stored; the row's own position
-    is inside the key (RoPE, learned), and the unused columns of a short prompt are masked. On a CPU the columns for
-    answers are made a few at a time: rows that lie close together are read a sixth faster than with room for the
-    longest answer between them, and most answers are short.
+    whatever its prompt's length. Attention does not care where a key is stored; the row's own position is inside the
+    key (RoPE, learned), and columns that are pads or not yet written are masked. Columns are made a block at a time:
+    most answers are short, and on a CPU rows that lie close together are read a sixth faster than with room for the
+    longest answer between them. Within a block no shape and no address changes, so that a GPU can replay a step.
     """
 
-    ROOM = {"cpu": 32}                                                   # columns made at a time; elsewhere all at once
+    BLOCK = {"cpu": 32, "cuda": 64, "mps": 64}                           # columns
 
     def __init__(self, layers):
-        self.layers, self.used, self.bias = [None] * layers, 0, None
+        self.layers, self.bias = [None] * layers, None
 
     def attend(self, layer, q, k, v):
         """Store k, v (B, K, T, D) and let q (B, H, T, D) look at all that it may see -> (B, H, T, D)."""
-        if self.used == 0:                                                       # prefill: nothing before, plain causal
+        if self.bias is None:                                                    # prefill: nothing before, plain causal
             self.layers[layer] = k, v
             return causal_attention(q, k, v)
-        end = self.used + 1
-        if end > self.layers[layer][0].size(2):
-            self.layers[layer] = tuple(F.pad(x, (0, 0, 0, self.ROOM[x.device.type])) for x in self.layers[layer])
         keys, values = self.layers[layer]
-        keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
-        B, H, _, D = q.shape
-        q = q.view(B, keys.size(1), -1, D)                                 # the H/K heads that share a key are its rows
-        bias = None if self.bias is None else self.bias[..., :end]                           # (B, 1, 1, end)
-        y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], attn_mask=bias)
-        return y.view(B, H, 1, D)
+        keys.index_copy_(2, self.at, k)
+        values.index_copy_(2, self.at, v)
+        grouped = q.view(len(q), keys.size(1), -1, q.size(3))              # the H/K heads that share a key are its rows
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.bias).view(q.shape)
 
-    def prefilled(self, length, group, max_new):
-        """After the prefill: every row G times, room for answers, the pads of short prompts masked. length (B,)."""
+    def prefilled(self, length, group):
+        """After the prefill: every row `group` times, and only the prompts are seen. length (B,)."""
         k = self.layers[0][0]
         self.used = P = k.size(2)
-        if length.min() < P:
-            pad = torch.arange(P + max_new)[None] >= length.repeat_interleave(group)[:, None]
-            pad[:, P:] = False
-            self.bias = torch.zeros(pad.shape, dtype=k.dtype).masked_fill_(pad, -math.inf)[:, None, None].to(k.device)
-        room = min(max_new, self.ROOM.get(k.device.type, max_new))
-        for i, pair in enumerate(self.layers):
-            self.layers[i] = tuple(F.pad(x.repeat_interleave(group, 0), (0, 0, 0, room)) for x in pair)
+        self.at = torch.tensor([P], device=k.device)                                         # the next column
+        pad = torch.arange(P) >= length.repeat_interleave(group)[:, None]
+        self.bias = torch.zeros(pad.shape, dtype=k.dtype).masked_fill_(pad, -math.inf)[:, None, None].to(k.device)
+        self.layers = [tuple(x.repeat_interleave(group, 0) for x in pair) for pair in self.layers]
+        self.grow()
+
+    def grow(self):
+        """Room for answers, up to the next full block."""
+        block = self.BLOCK[self.bias.device.type]
+        room = (0, block - self.used % block)
+        self.bias = F.pad(self.bias, room, value=-math.inf)                                  # (B, 1, 1, columns)
+        for i, pair in enumerate(self.layers):                            # one by one: never two caches at a time
+            self.layers[i] = tuple(F.pad(x, (0, 0, *room)) for x in pair)
+
+    @property
+    def full(self):
+        return self.used == self.bias.size(3)
+
+    def advance(self):
+        self.at += 1
+        self.used += 1
 
     def keep(self, rows):
         """Drop every row but these."""
-        for i, pair in enumerate(self.layers):                            # one by one: never two caches at a time
+        for i, pair in enumerate(self.layers):
             self.layers[i] = tuple(x[rows] for x in pair)
-        self.bias = None if self.bias is None else self.bias[rows]
+        self.bias = self.bias[rows]
 
 
 def causal_attention(q, k, v):
@@ -171,18 +181,19 @@ def causal_attention(q, k, v):
 class Attention(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
-        self.layer, self.split, self.head_dim = layer, (cfg.heads, cfg.kv_heads, cfg.kv_heads), cfg.head_dim
-        self.qkv = nn.Linear(cfg.width, sum(self.split) * cfg.head_dim, bias=cfg.bias or cfg.qkv_bias)
+        self.layer, self.heads, self.kv_heads, self.head_dim = layer, cfg.heads, cfg.kv_heads, cfg.head_dim
+        self.qkv = nn.Linear(cfg.width, (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.bias or cfg.qkv_bias)
         self.out = nn.Linear(cfg.heads * cfg.head_dim, cfg.width, bias=cfg.bias)
-        self.q_norm, self.k_norm = (make_norm(cfg, cfg.head_dim) if cfg.qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (make_norm(cfg, cfg.head_dim) if cfg.qk_norm else None for _ in "qk")
 
     def forward(self, x, rope, cache):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.split, dim=2)  # (B, T, H, D), (B, T, K, D) twice
-        q, k = self.q_norm(q), self.k_norm(k)
+        (B, T, _), H, K = x.shape, self.heads, self.kv_heads
+        qk, v = self.qkv(x).view(B, T, -1, self.head_dim).split((H + K, K), dim=2)       # (B, T, H + K, D), (B, T, K, D)
+        if self.q_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
         if rope:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)             # (B, H, T, D), (B, K, T, D) twice
+            qk = rotate(qk, *rope)                              # queries and keys at once: half the small operations
+        q, k, v = (x.transpose(1, 2) for x in (*qk.split((H, K), dim=2), v))          # (B, H, T, D), (B, K, T, D) twice
         y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))                                 # (B, T, C)
 
@@ -193,7 +204,7 @@ class Block(nn.Module):
         self.norm1, self.attention = make_norm(cfg, cfg.width), Attention(cfg, layer)
         self.norm2, self.mlp = make_norm(cfg, cfg.width), MLP(cfg)
 
-    def forward(self, x, rope, cache):
+    def forward(self, x, rope, cache=None):
         x = x + self.attention(self.norm1(x), rope, cache)
         return x + self.mlp(self.norm2(x))
 
@@ -210,48 +221,71 @@ def row_logits(hidden, weight, temperature):
 
 
 class LinearLogp(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: rows are walked in chunks, one log-sum-exp
-    a row is kept, and backward computes each chunk's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ."""
+    """log softmax(hidden @ weight.T / τ)[target] without the (N, V) matrix: it is walked in tiles, one log-sum-exp a row
+    is kept, and backward computes each tile's logits again:  dL/dz = g (1[v = target] - softmax(z)_v) / τ.
 
-    CHUNK = 12 * 2 ** 20                               # logits in a chunk; two chunks are alive, 48 MiB each in float32
+    On a CPU a tile fits into the cache: exponentials and sums cost little there, which pays for the second product.
+    """
+
+    ROWS = 4096                                                              # of a tile, at most
+    TILE = {"cpu": 2 ** 20, "cuda": 12 * 2 ** 20, "mps": 12 * 2 ** 20}       # its logits, 4 MiB or 48 MiB in float32
+
+    @staticmethod
+    def tiles(hidden, weight):
+        """Slices of the rows, and of the vocabulary."""
+        for i in range(0, len(hidden), LinearLogp.ROWS):
+            rows = slice(i, min(i + LinearLogp.ROWS, len(hidden)))
+            step = max(1, LinearLogp.TILE[hidden.device.type] // (rows.stop - i))
+            for v in range(0, len(weight), step):
+                yield rows, slice(v, v + step)
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        step = max(1, LinearLogp.CHUNK // len(weight))
         cast = weight.to(hidden.dtype)                              # once, under bf16; float32 masters stay as they are
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp, entropy, lse = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
-        for i in range(0, len(hidden), step):
-            z = row_logits(hidden[i:i + step], cast, temperature)                            # (n, V)
-            top = z.amax(1, keepdim=True)
-            picked = z.gather(1, targets[i:i + step, None])[:, 0]
-            p = (z - top).exp_()                                                           # softmax before its division
-            total = p.sum(1)
-            lse[i:i + step] = top[:, 0] + total.log()
-            logp[i:i + step] = picked - lse[i:i + step]
-            entropy[i:i + step] = lse[i:i + step] - p.mul_(z).sum(1) / total                 # H = lse - Σ_v p_v z_v
+        wide, targets = torch.promote_types(hidden.dtype, torch.float32), targets[:, None]
+        total, dot, picked = (hidden.new_zeros(len(hidden), 1, dtype=wide) for _ in range(3))
+        top = torch.full_like(total, -math.inf)
+        for rows, part in LinearLogp.tiles(hidden, cast):
+            z = row_logits(hidden[rows], cast[part], temperature)                            # (n, v)
+            higher = torch.maximum(top[rows], z.amax(1, keepdim=True))
+            shrink = (top[rows] - higher).exp_()                               # what was summed, to the new largest z
+            p = (z - higher).exp_()
+            at, here = LinearLogp.place(targets[rows], part, z)
+            picked[rows] = torch.where(here, z.gather(1, at), picked[rows])
+            total[rows] = total[rows] * shrink + p.sum(1, keepdim=True)                      # Σ_v exp(z_v - top)
+            dot[rows] = dot[rows] * shrink + p.mul_(z).sum(1, keepdim=True)                  # Σ_v exp(z_v - top) z_v
+            top[rows] = higher
             del z, p
+        lse = top + total.log()                                                              # (N, 1)
+        entropy = (lse - dot / total)[:, 0]                                                  # H = lse - Σ_v p_v z_v
         ctx.save_for_backward(hidden, weight, targets, lse)
-        ctx.temperature, ctx.step = temperature, step
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        return (picked - lse)[:, 0], entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         hidden, weight, targets, lse = ctx.saved_tensors
-        cast, temperature, step = weight.to(hidden.dtype), ctx.temperature, ctx.step
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        cast, grad = weight.to(hidden.dtype), grad[:, None] / ctx.temperature
+        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(hidden), step):
-            h, g = hidden[i:i + step], grad[i:i + step, None] / temperature                  # (n, C), (n, 1)
-            dz = row_logits(h, cast, temperature).sub_(lse[i:i + step, None]).exp_().mul_(-g)    # -g p, (n, V)
-            dz = dz.scatter_add_(1, targets[i:i + step, None], g).to(h.dtype)                # + g on the target
-            if d_hidden is not None:
-                d_hidden[i:i + step] = dz @ cast
-            if d_weight is not None:
-                d_weight = d_weight.addmm_(dz.T, h) if h.dtype == weight.dtype else d_weight.add_(dz.T @ h)
-        return d_hidden, d_weight, None, None
+        for rows, part in LinearLogp.tiles(hidden, cast):
+            h, w, g = hidden[rows], cast[part], grad[rows]
+            dz = row_logits(h, w, ctx.temperature).sub_(lse[rows]).exp_().mul_(-g)           # -g p, (n, v)
+            at, here = LinearLogp.place(targets[rows], part, dz)
+            dz = dz.scatter_add_(1, at, torch.where(here, g, 0.0)).to(h.dtype)               # + g on the target
+            for total, a, b in ((d_hidden, dz, w), (d_weight, dz.T, h)):
+                if total is not None:
+                    total = total[rows if b is w else part]
+                    total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+        return d_hidden if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None
+
+    @staticmethod
+    def place(targets, part, z):
+        """Where each row's target stands in a tile, (n, 1), and whether it does."""
+        at = targets - part.start
+        return at.clamp(0, z.size(1) - 1), (at >= 0) & (at < z.size(1))
 
 
 def linear_logp(hidden, weight, targets, temperature=1.0):
@@ -275,7 +309,9 @@ BF16 = {"cuda"}     # devices whose matrix products run in bf16; the weights sta
 EVALUATED = 2 ** 17                                                  # tokens that evaluation has in the cache at a time
 
 
-LOOK = {"cpu": 1}     # decoding steps between looks for finished rows; a look waits for the GPU, so there it is every 8
+# decoding steps between looks for finished rows, since a look waits for the GPU, and the share of live rows below which
+# the others are dropped, since a GPU has to capture its steps anew
+LOOK = {"cpu": (1, 0.9), "cuda": (8, 0.75), "mps": (8, 0.9)}
 
 
 def autocast(device):
@@ -295,6 +331,27 @@ def sample(p, generator=None):
     c = p.cumsum(-1)
     u = torch.rand(len(p), 1, dtype=p.dtype, generator=generator).clamp_(max=1 - 2 ** -23)
     return torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0].clamp_(max=p.size(1) - 1)
+
+
+def replayed(step, device):
+    """`step`, a function of tensors that stay where they are, as a CUDA graph: one launch for some hundreds. The first
+    call is outside of the graph, since autocast casts weights there and libraries allocate. Elsewhere itself."""
+    if device.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
 
 
 class GPT(nn.Module):
@@ -339,10 +396,12 @@ class GPT(nn.Module):
                 table = rope_table(cfg.context, cfg.head_dim, cfg.rope_base, cfg.rope_scaling, x.device)
                 rope = [angle[where].unsqueeze(-2) for angle in table]                   # (T, 1, D/2) or (B, T, 1, D/2)
             for block in self.blocks:
-                if self.recompute and torch.is_grad_enabled():
-                    x = checkpoint(block, x, rope, cache, use_reentrant=False, preserve_rng_state=False)
+                if cache:
+                    x = block.forward(x, rope, cache)                     # never compiled: shapes change with every row
+                elif self.recompute and torch.is_grad_enabled():
+                    x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)
                 else:
-                    x = block(x, rope, cache)
+                    x = block(x, rope)
             return self.norm(x)
 
     def token_logp(self, tokens, mask=None, temperature=1.0, at=None):
@@ -379,40 +438,55 @@ class GPT(nn.Module):
         if P + max_new > self.cfg.context:
             raise ValueError(f"prompt of {P} + max_new {max_new} tokens exceed the context of {self.cfg.context}")
         tokens = torch.tensor([list(p) + [pad] * (P - len(p)) for p in prompts])             # (B, P)
-        stop = stop.to(device)
+        stop, (every, share) = stop.to(device), LOOK[device.type]
 
-        with autocast(device):                          # around the whole loop: weights are cast to bf16 once a rollout
+        with torch.inference_mode(), autocast(device):        # around the loop: weights are cast to bf16 once a rollout
             cache = KVCache(self.cfg.layers)
             last = (torch.arange(len(prompts)) * P + length - 1).to(device)
             hidden = self(tokens.to(device), cache=cache).flatten(0, 1)[last]             # (B, C), each prompt run once
-            cache.prefilled(length, group, max_new)
+            cache.prefilled(length, group)
             logits = row_logits(hidden, self.unembedding, tau).repeat_interleave(group, 0)   # (N, V), N = B G
 
             length = length.repeat_interleave(group)                                         # (N,)
-            N, position = len(length), length[:, None].to(device)                  # (N, 1), where the next token stands
+            N, position = len(length), length[:, None].to(device, copy=True)       # (N, 1), where the next token stands
             answer = torch.full((N, max_new), pad, device=device)
             logp = logits.new_zeros(N, max_new)
             count = torch.zeros(N, dtype=torch.long, device=device)                          # answer tokens so far
             alive, done = torch.arange(N, device=device), torch.zeros(N, dtype=torch.bool, device=device)
+
+            def decode():
+                cache.bias.index_fill_(3, cache.at, 0.0)                                     # it may see itself
+                hidden = self(token[:, None], position, cache)[:, 0]                         # (alive, C)
+                return row_logits(hidden, self.unembedding, tau)
+
+            step = None
             for n in range(max_new):
                 p = logits.softmax(-1)                                                       # (alive, V)
-                token = logits.argmax(-1) if temperature == 0 else sample(p, generator)      # (alive,)
-                answer[alive, n] = torch.where(done, pad, token)
-                logp[alive, n] = torch.where(done, 0.0, p.gather(1, token[:, None])[:, 0].log())
+                drawn = logits.argmax(-1) if temperature == 0 else sample(p, generator)      # (alive,)
+                answer[alive, n] = torch.where(done, pad, drawn)
+                logp[alive, n] = torch.where(done, 0.0, p.gather(1, drawn[:, None])[:, 0].log())
                 count[alive] += ~done
-                done = done | torch.isin(token, stop)
+                done = done | (drawn[:, None] == stop).any(1)
                 if n + 1 == max_new:
                     break
-                if (n + 1) % LOOK.get(device.type, 8) == 0:
+                if (n + 1) % every == 0:
                     keep = (~done).nonzero()[:, 0]
                     if len(keep) == 0:
                         break
-                    if len(keep) < 0.9 * len(done):            # a finished row costs as much as a live one, a copy also
+                    if len(keep) < share * len(done):          # a finished row costs as much as a live one, a copy also
                         cache.keep(keep)
-                        alive, done, token, position = alive[keep], done[keep], token[keep], position[keep]
-                hidden = self(token[:, None], position, cache)[:, 0]                         # (alive, C)
-                logits = row_logits(hidden, self.unembedding, tau)
-                cache.used, position = cache.used + 1, position + 1
+                        alive, done, drawn, position = alive[keep], done[keep], drawn[keep], position[keep]
+                        step = None
+                if cache.full:
+                    cache.grow()
+                    step = None
+                if step is None:                                                             # tensors are in new places
+                    token = drawn
+                    step = replayed(decode, device)
+                token.copy_(drawn)
+                logits = step()
+                position += 1
+                cache.advance()
 
         total = length.to(device) + count                                                    # (N,)
         T = int(total.max())
@@ -1426,6 +1500,20 @@ def freeze(model):
     return model.requires_grad_(False)
 
 
+def set_blocks(model, recompute, compile):
+    """How the blocks of a trained model run: again in backward instead of kept, and through torch.compile where that
+    works. One block is compiled for all of them, and for every length."""
+    model.recompute = recompute
+    if compile:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=model.device))
+        except Exception as e:                                  # no C++ compiler, no Triton, an unknown device: anything
+            print(f"--compile: torch.compile does not work here ({type(e).__name__}), so nothing is compiled")
+            return
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+
 def memory_plan(device, optimizer, models, frozen=(), budget=0, rollout=0):
     """Print what a run will hold, and return it in bytes.
 
@@ -1447,7 +1535,7 @@ def memory_plan(device, optimizer, models, frozen=(), budget=0, rollout=0):
                            for part in optimizer.parts for group in part.param_groups for p in group["params"]),
             "frozen": sum(size(x) for x in frozen if x), "bf16 copies": size(models[0]) // 2 if e == 2 else 0,
             "cache": max(rollout, EVALUATED) * 2 * cfg.layers * K * D * e,
-            "activations": budget * kept, "logits": 2 * 4 * LinearLogp.CHUNK + cfg.vocab * C * (4 + (e == 2) * 2)}
+            "activations": budget * kept, "logits": 2 * 4 * LinearLogp.TILE[device.type] + cfg.vocab * C * (4 + (e == 2) * 2)}
     most = sum(plan.values()) - min(plan["cache"], plan["activations"])
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     unit, scale = ("GiB", 2 ** 30) if most > 2 ** 30 else ("MiB", 2 ** 20)

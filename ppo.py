@@ -46,7 +46,7 @@ import torch
 
 from model import (EVALUATED, Folder, Guard, InputError, Mean, Optimizers, ScalarModel, answer_number, answers, batches,
                    check, distinct, encoded, evaluate, freeze, frozen_logp, frozen_scalars, load, load_reward, main,
-                   make_first, make_optimizer, memory_plan, micro_batches, read_rows, set_lr, setup, split,
+                   make_first, make_optimizer, memory_plan, micro_batches, read_rows, set_blocks, set_lr, setup, split,
                    states_number, sums, table, told, usable)
 
 
@@ -80,6 +80,7 @@ class Config:
     minibatch: int = 64           # answers in an optimiser step; divides prompts
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
+    compile: bool = False         # torch.compile the blocks, where that works: a slow start, faster updates
     lr: float = 1e-4              # peak rate of the policy's AdamW; for a real pretrained model 1e-6
     critic_lr: float = 3e-4       # peak rate of the critic's; for a real pretrained model 1e-5
     warmup: int = 3               # rollouts of linear warm-up, before a line down to 0
@@ -233,14 +234,14 @@ def train(cfg):
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
     policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
-    policy.recompute = cfg.recompute
+    set_blocks(policy, cfg.recompute, cfg.compile)
     rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, cfg.reward == "rule")
     if not cfg.data and cfg.init == Config.init:
         make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
     judge = load_reward(cfg.reward, policy, tokenizer)
     reference = freeze(copy.deepcopy(policy))
     critic = copy.deepcopy(judge) if judge else ScalarModel(copy.deepcopy(policy)).to(device)
-    critic.float().requires_grad_(True).trunk.recompute = cfg.recompute
+    set_blocks(critic.float().requires_grad_(True).trunk, cfg.recompute, cfg.compile)
     optimizer = Optimizers(*make_optimizer(policy, cfg.lr, eps=1e-5).parts,
                            *make_optimizer(critic, cfg.critic_lr, eps=1e-5).parts)
     print(f"ppo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "

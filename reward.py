@@ -40,8 +40,8 @@ import torch.nn.functional as F
 
 from model import (EVALUATED, Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check,
                    encode_answer, encoded, frozen_scalars, half_interval, load, main, make_first, make_optimizer,
-                   memory_plan, micro_batches, ordered, pad_batch, read_preferences, read_rows, set_lr, setup, split,
-                   sums, table, usable)
+                   memory_plan, micro_batches, ordered, pad_batch, read_preferences, read_rows, set_blocks, set_lr,
+                   setup, split, sums, table, usable)
 
 
 @dataclass
@@ -66,6 +66,7 @@ class Config:
     batch: int = 32               # prompts in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
+    compile: bool = False         # torch.compile the blocks, where that works: a slow start, faster updates
     lr: float = 5e-4              # peak rate of AdamW; for a real pretrained model 1e-5
     warmup: int = 5               # steps of linear warm-up, before half a cosine down to 0
     weight_decay: float = 0.0     # on matrices, not on norms, biases and embeddings
@@ -280,7 +281,7 @@ def train(cfg):
     if not cfg.data:
         make_first(cfg.init, "sft.py", Config.init, cfg.seed)
     policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
-    policy.recompute = cfg.recompute
+    set_blocks(policy, cfg.recompute, cfg.compile)
     parts, collected = preferences(cfg, policy, tokenizer)
     rows, val, test = (ready(pairs, tokenizer, policy.cfg.context, pairs is parts[0]) for pairs in parts)
     K = max(len(row["responses"]) for row in rows)

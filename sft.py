@@ -32,8 +32,8 @@ import torch
 
 from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, as_turns, batches, check,
                    encode_answer, encode_chat, evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer,
-                   memory_plan, micro_batches, pad_batch, prompt_ids, read_rows, set_lr, setup, split, stop_ids, sums,
-                   table, usable)
+                   memory_plan, micro_batches, pad_batch, prompt_ids, read_rows, set_blocks, set_lr, setup, split,
+                   stop_ids, sums, table, usable)
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Config:
     batch: int = 64               # examples in an optimiser step
     micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
     recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
+    compile: bool = False         # torch.compile the blocks, where that works: a slow start, faster updates
     lr: float = 3e-3              # peak rate of AdamW; for a real pretrained model 1e-5
     muon_lr: float = 3e-3     # peak rate of Muon on the blocks' matrices, used from scratch only; 0: AdamW has them too
     warmup: int = 30              # steps of linear warm-up, before half a cosine down to 0
@@ -184,7 +185,7 @@ def train(cfg):
             raise InputError(f"--width {cfg.width} --heads {cfg.heads}: a head needs an even whole number of channels")
         model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,
                               width=cfg.width, heads=cfg.heads)).to(device)
-    model.recompute = cfg.recompute
+    set_blocks(model, cfg.recompute, cfg.compile)
     rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
     room = lambda row: len(row["ids"]) + cfg.max_new <= model.cfg.context
     why = f"held out; prompt + --max_new {cfg.max_new} exceed {model.cfg.context}"

@@ -48,7 +48,7 @@ def test_the_plan_counts_what_is_allocated(family, bf16, monkeypatch, capsys):
     prefilled = M.KVCache.prefilled
     monkeypatch.setattr(M.KVCache, "prefilled", lambda self, *more: (prefilled(self, *more), caches.append(size(x for pair in self.layers for x in pair))))
     model.generate(PROMPTS, group=3, max_new=9)
-    assert plan["cache"] / 200_000 == caches[0] / (len(PROMPTS) * 3 * (max(map(len, PROMPTS)) + 9))
+    assert plan["cache"] / 200_000 == caches[0] / (len(PROMPTS) * 3 * M.KVCache.BLOCK["cpu"])
 
     casts = sum(p.numel() * 2 for block in model.blocks for p in block.parameters() if p.dim() == 2) if bf16 else 0
     whole = kept_for_backward(model, tokens) - casts                      # the plan has them in a place of their own

@@ -17,8 +17,9 @@ from model import GPTConfig, InputError, ScalarModel, batches, linear_logp, load
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_fused_logp_and_entropy_equal_the_naive_form_in_value_and_gradient(temperature, monkeypatch):
-    """ALGORITHMS 0.4. Chunks of 3 rows over 10 rows: the last chunk is a part of one."""
-    monkeypatch.setattr(M.LinearLogp, "CHUNK", 3 * 50)
+    """ALGORITHMS 0.4. Tiles of 4 rows x 15 tokens over 10 x 50: the last of a row and of a column are parts of one."""
+    monkeypatch.setattr(M.LinearLogp, "ROWS", 4)
+    monkeypatch.setattr(M.LinearLogp, "TILE", {"cpu": 4 * 15})
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8).double().requires_grad_(), torch.randn(50, 8).double().requires_grad_()
     targets, upstream = torch.randint(0, 50, (10,)), torch.randn(10).double()
@@ -39,14 +40,18 @@ def test_entropy_of_a_uniform_distribution_is_log_V():
     assert math.isclose(linear_logp(torch.zeros(1, 4), torch.randn(50, 4), torch.tensor([0]))[1].item(), math.log(50), rel_tol=1e-6)
 
 
-def test_fused_logp_survives_logits_that_overflow_exp():
-    logp, entropy = linear_logp(torch.full((1, 1), 1e4), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
-    assert logp.item() == -2e4 and entropy.item() == 0
+@pytest.mark.parametrize("tile", (1, 2))
+def test_fused_logp_survives_logits_that_overflow_exp(tile, monkeypatch):
+    """In one tile, and where the largest logit stands in the first or in the last of two."""
+    monkeypatch.setattr(M.LinearLogp, "TILE", {"cpu": tile})
+    for sign in (1.0, -1.0):
+        logp, entropy = linear_logp(torch.full((1, 1), 1e4), torch.tensor([[sign], [-sign]]), torch.tensor([int(sign > 0)]))
+        assert logp.item() == -2e4 and entropy.item() == 0
 
 
 def test_no_tensor_of_rows_times_vocabulary_ever_exists(monkeypatch):
     """Watch every operation of a forward and a backward pass: none may return as much as an eighth of (N, V)."""
-    monkeypatch.setattr(M.LinearLogp, "CHUNK", 2 ** 14)
+    monkeypatch.setattr(M.LinearLogp, "TILE", {"cpu": 2 ** 14})
     N, V, C = 512, 1000, 16
 
     class Largest(TorchDispatchMode):
@@ -138,11 +143,11 @@ def greedy_without_cache(model, prompt, max_new, stop):
     return ids
 
 
-@pytest.mark.parametrize("room", ({}, {"cpu": 3}))
+@pytest.mark.parametrize("block", (3, 32))
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_sampled_logp_is_the_scored_logp(family, dtype, tolerance, room, monkeypatch):
+def test_sampled_logp_is_the_scored_logp(family, dtype, tolerance, block, monkeypatch):
     """The law of DESIGN 2: cache, shared prefill, per-row positions, dropped rows and columns made in time give the full forward's log-probs."""
-    monkeypatch.setattr(M.KVCache, "ROOM", room)
+    monkeypatch.setattr(M.KVCache, "BLOCK", {"cpu": block})
     model = tiny(family, dtype)
     tokens, mask, logp = model.generate(PROMPTS, group=4, max_new=12, temperature=1.5)
     scored, _ = model.token_logp(tokens, mask, 1.5)
@@ -153,12 +158,80 @@ def test_sampled_logp_is_the_scored_logp(family, dtype, tolerance, room, monkeyp
 
 def test_rows_that_finished_may_stay_a_while(monkeypatch):
     """As on a GPU, where finished rows are looked for every 8 tokens: what they say after their end counts for nothing."""
-    monkeypatch.setattr(M, "LOOK", {})
+    monkeypatch.setattr(M, "LOOK", {"cpu": (8, 0.75)})
     model = tiny()
     tokens, mask, logp = model.generate(PROMPTS, group=4, max_new=20, temperature=1.5)
     torch.testing.assert_close(logp, model.token_logp(tokens, mask, 1.5)[0], rtol=0, atol=1e-9)
     ended = [set(row[m > 0][:-1].tolist()) & set(model.cfg.stop) for row, m in zip(tokens, mask)]
     assert not any(ended) and mask.sum(1).max() > 8 and (tokens[mask == 0].view(-1) >= 0).all()
+
+
+def test_a_decoding_step_can_be_replayed(family, monkeypatch):
+    """What a CUDA graph needs, held on any device: between two captures a step's tensors stay where they are, it may run twice before it
+    counts (once to warm up), and it leaves its result in one place. Blocks of 3 columns and dropped rows: many captures."""
+    monkeypatch.setattr(M.KVCache, "BLOCK", {"cpu": 3})
+    model, captures = tiny(family), []
+    sampled = lambda: model.generate(PROMPTS, group=4, max_new=12, temperature=1.5, generator=torch.Generator().manual_seed(0))
+    plain = sampled()
+
+    def recorded(step, device):
+        held = lambda: {name: cell.cell_contents for name, cell in zip(step.__code__.co_freevars, step.__closure__)}
+
+        def places():
+            cache = held()["cache"]
+            tensors = held()["token"], held()["position"], cache.at, cache.bias, *(x for pair in cache.layers for x in pair)
+            return [x.data_ptr() for x in tensors]
+
+        first, out = places(), (step(), step())[1]
+        captures.append(0)
+
+        def replay():
+            assert places() == first, "a captured tensor has moved"
+            captures[-1] += 1
+            return out.copy_(step())
+
+        return replay
+
+    monkeypatch.setattr(M, "replayed", recorded)
+    for a, b in zip(plain, sampled()):
+        assert torch.equal(a, b)
+    assert len(captures) > 3 and max(captures) > 1 and 0 not in captures
+
+
+def test_compiled_blocks_give_the_same_gradients_and_sampling_leaves_them_alone(family, monkeypatch):
+    """All that torch.compile does but the last step, its C++ or Triton code: that needs a compiler."""
+    torch._dynamo.reset()
+    compile, model, tokens, grads = torch.compile, tiny(family), torch.randint(0, 23, (3, 20)), []
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compile(f, **more | {"backend": "aot_eager"}))
+    for recompute, compiled in ((False, False), (False, True), (True, True)):
+        M.set_blocks(model, recompute, compiled)
+        model.zero_grad()
+        model.token_logp(tokens)[0].sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(grads[2], grads[0], rtol=1e-9, atol=1e-9)
+    count = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    before = count()
+    model.generate(PROMPTS, 2, 8)
+    assert count() == before > 0
+
+
+def test_where_torch_compile_does_not_work_the_run_goes_on(monkeypatch, capsys):
+    def broken(f, **more):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    M.set_blocks(tiny(), True, True)
+    assert capsys.readouterr().out == "--compile: torch.compile does not work here (RuntimeError), so nothing is compiled\n"
+
+
+def test_what_was_sampled_can_be_trained_on():
+    """Sampling runs in inference mode; neither its results nor the rotary table that it may have made carry that further."""
+    M.rope_table.cache_clear()
+    model = tiny()
+    tokens, mask, logp = model.generate(PROMPTS, 2, 5)
+    assert not any(x.is_inference() for x in (tokens, mask, logp))
+    ((model.token_logp(tokens, mask)[0] - logp) * mask).sum().backward()
 
 
 def test_greedy_answers_are_those_of_a_loop_without_cache_in_any_batch(family):

@@ -2,13 +2,16 @@
 What things cost, one line a figure: name, value, unit, and what it is a ratio to.
 
     python tests/bench.py              all figures, some twenty minutes on one CPU thread
-    python tests/bench.py logp         one group: logp, generate, shares, step or growth; cuda where there is a GPU
-    python tests/bench.py --peers      beside transformers, trl and liger-kernel too, those that are installed, and as long again
+    python tests/bench.py logp         one group: logp, generate, shares, step or growth
+    python tests/bench.py --peers      beside transformers and liger-kernel too, and a group more: trl, where they are installed. An hour, 14 GB
+    python tests/bench.py cuda         the group for a GPU
 
 Everything is compared with the plain form of the same work, in one process, interleaved, on random numbers; times are medians, with the
 fastest and slowest run beside them. Memory is the peak above what was there before, each form in a process of its own. A peer's model is read
 from our export, and what both say is compared before anything is timed.
 """
+import copy
+import importlib.util
 import os
 import re
 import statistics
@@ -20,9 +23,12 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import dpo  # noqa: E402
 import grpo  # noqa: E402
 import model as M  # noqa: E402
-from model import GPT, GPTConfig, linear_logp, make_optimizer, make_tokenizer, micro_batches, write_public  # noqa: E402
+import sft  # noqa: E402
+from model import (GPT, GPTConfig, Mean, freeze, frozen_logp, linear_logp, make_optimizer, make_tokenizer, micro_batches,  # noqa: E402
+                   pad_batch, write_public)
 
 N = 4096
 PEERS = "--peers" in sys.argv
@@ -252,6 +258,166 @@ def bench_step():
         line(f"GRPO step, built-in model, {form} log-prob", median * 1000, "ms", f"{median / s['plain'][0]:.2f}x plain {spread}")
 
 
+# ---------------------------------------------------------------------------------------------------------- training step beside TRL
+
+LONG, GROUP, BETA = 50257, 4, 0.04                                        # V, answers to a prompt, GRPO's price of the KL
+
+
+def as_sampled(ragged):
+    """A prompt for each of 16 answers, and the answers, 64 and 64 ids long; ragged: 16 to 128, and 8 to 207 with a mean of 71, most of them short."""
+    ask = torch.linspace(16, 128, 4).int().tolist() if ragged else [64] * 4
+    tail = -72 * torch.linspace(1, 1 / 16, 16).log()                      # quantiles of an exponential: the same lengths at any seed
+    length = (8 + tail).int()[torch.randperm(16)].tolist() if ragged else [64] * 16
+    draw = lambda n: torch.randint(LONG, (n,)).tolist()
+    return [p for p in map(draw, ask) for _ in range(GROUP)], list(map(draw, length))
+
+
+def descend(model, optimizer, losses):
+    """One optimiser step from the losses of its pieces -> their sum and the gradient norm."""
+    total = 0.0
+    optimizer.zero_grad()
+    for loss in losses:
+        loss.backward()
+        total += loss.item()
+    gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+    optimizer.step()
+    return total, gnorm
+
+
+def our_sft(model, tokens, mask):
+    """The pieces of sft.py's step."""
+    n, stats = int(mask.sum()), Mean()
+    for j, t, at in micro_batches(mask, torch.arange(len(tokens)), 0, tokens.device):
+        logp, entropy = model.token_logp(tokens[j, :t], at=at)
+        loss, found = sft.sft_loss(logp, mask[j, :t], n)
+        stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
+        yield loss
+    stats.read()
+
+
+def our_dpo(model, tokens, mask, ref):
+    """Those of dpo.py's, with --nll 0; tokens, mask (P, 2, T)."""
+    stats = Mean()
+    for j, t, at in micro_batches(mask, torch.arange(len(tokens)), 0, tokens.device):
+        logp, entropy = model.token_logp(tokens[j, :, :t].flatten(0, 1), None, 1.0, at)
+        loss, found = dpo.dpo_loss(*logp.sum(1).view(-1, 2).T, *ref[j].T, 0.1, n=len(tokens))
+        stats.add(found | {"ent": entropy.sum() / len(at)}, len(j))
+        yield loss
+    stats.read()
+
+
+def our_grpo(model, reference, optimizer, tokens, mask, reward):
+    """grpo.py from the sampled answers on, two updates: old and reference log-probs once for both."""
+    ref_logp, old_logp = (frozen_logp(x, tokens, mask, 1.0, 0)[0] for x in (reference, model))
+    adv, stats = grpo.group_advantage(reward, GROUP), Mean()
+
+    def losses(i):
+        for j, t, at in micro_batches(mask, i, 0, tokens.device):
+            logp, entropy = model.token_logp(tokens[j, :t], None, 1.0, at)
+            loss, found = grpo.grpo_loss(logp, old_logp[j, :t], ref_logp[j, :t], adv[j], mask[j, :t], 0.2, BETA, len(i))
+            stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
+            yield loss
+
+    told = [descend(model, optimizer, losses(i)) for i in torch.randperm(len(tokens)).split(len(tokens) // 2)]
+    stats.read()
+    return told
+
+
+def trl_trainer(kind, folder, rows, size, pieces, **options):
+    """TRL's trainer of the model in `folder` and the same AdamW: float32, and nothing is computed a second time to save memory."""
+    import datasets
+    import transformers
+    import trl
+    options = dict(per_device_train_batch_size=size // pieces, gradient_accumulation_steps=pieces, gradient_checkpointing=False, bf16=False,
+                   use_cpu=True, learning_rate=1e-4, weight_decay=0.0, adam_beta2=0.95, max_grad_norm=1.0, max_steps=10 ** 6,
+                   report_to="none", disable_tqdm=True, output_dir=os.path.join(folder, "out")) | options
+    trainer = getattr(trl, kind + "Trainer")(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder), args=getattr(trl, kind + "Config")(**options),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        **({"reward_funcs": lambda prompts, **_: [0.0] * len(prompts)} if kind == "GRPO" else {}))
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = pieces
+    return trainer
+
+
+def trl_step(trainer, batches, n=None):
+    """What the loop of Trainer.train does in an optimiser step -> loss and gradient norm."""
+    loss = sum(trainer.training_step(trainer.model, batch, n).item() for batch in batches)
+    gnorm = float(trainer._clip_grad_norm(trainer.model))
+    trainer.optimizer.step()
+    trainer.model.zero_grad()
+    return loss, gnorm
+
+
+def trl_forms(folder, each, answers, ref, reward):
+    """name -> TRL's step on the same rows, in pieces of four: about as many tokens as ours, and half the time of a step in one piece."""
+    import transformers
+    rows = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a in zip(each, answers)]
+    pairs = [{"prompt_ids": p, "chosen_ids": w, "rejected_ids": l, "ref_chosen_logps": x, "ref_rejected_logps": y}
+             for p, w, l, (x, y) in zip(each[::2], answers[::2], answers[1::2], ref.tolist())]
+    start, text = os.path.join(folder, "policy"), {"prompt": "x", "chosen": "y", "rejected": "z"}
+    s = trl_trainer("SFT", start, rows, 16, 4, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+    d = trl_trainer("DPO", start, [text], 8, 4, precompute_ref_log_probs=True, max_length=None)
+    g = trl_trainer("GRPO", start, [text] * 16, 8, 2, beta=BETA, loss_type="grpo", num_generations=GROUP, steps_per_generation=4,
+                    max_completion_length=256)
+    g.ref_model.load_state_dict(transformers.AutoModelForCausalLM.from_pretrained(os.path.join(folder, "reference")).state_dict())
+    g.rollout_func = lambda prompts, trainer: {"prompt_ids": each, "completion_ids": answers, "logprobs": None}
+    g.reward_funcs[0] = lambda prompts, **_: reward.tolist()
+    collated = lambda trainer, rows, size: [trainer.data_collator(rows[i:i + size]) for i in range(0, len(rows), size)]
+    count = torch.tensor(sum(map(len, answers)))
+    return {"SFT": lambda: [trl_step(s, collated(s, rows, 4), count)],
+            "DPO": lambda: [trl_step(d, collated(d, pairs, 2))],
+            "GRPO": lambda: [trl_step(g, [[text] * 16] * 2) for _ in range(2)]}
+
+
+def bench_trl():
+    """A step of SFT on 16 rows, of DPO on 8 pairs, and two of GRPO on 8 answers each, from the sampled answers on. On a CPU TRL has every position
+    meet the vocabulary, prompts and pads too; on a GPU with Triton those of answers alone, which "answers only" makes it do here as well."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    import datasets
+    import transformers
+    import trl.trainer.utils
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for case in ("equal", "ragged"):
+        torch.manual_seed(0)
+        each, answers = as_sampled(case == "ragged")
+        tokens, mask = pad_batch([p + a for p, a in zip(each, answers)], [[0] * len(p) + [1] * len(a) for p, a in zip(each, answers)])
+        pairs = [x.view(-1, 2, x.size(1)) for x in (tokens, mask)]
+        reward = torch.randn(len(answers))
+        policy = GPT(GPTConfig(vocab=LONG, context=512, layers=4, width=256, heads=4))
+        for p in policy.parameters():
+            p.data += 0.02 * torch.randn_like(p)                          # or every block would be the identity
+        reference = freeze(copy.deepcopy(policy))
+        for p in reference.parameters():
+            p.data += 0.002 * torch.randn_like(p)
+        ref = frozen_logp(reference, tokens, mask, 1.0, 0)[0].sum(1).view(-1, 2)
+        models = {name: copy.deepcopy(policy) for name in ("SFT", "DPO", "GRPO")}
+        adam = {name: make_optimizer(model, 1e-4) for name, model in models.items()}
+        ours = {"SFT": lambda: [descend(models["SFT"], adam["SFT"], our_sft(models["SFT"], tokens, mask))],
+                "DPO": lambda: [descend(models["DPO"], adam["DPO"], our_dpo(models["DPO"], *pairs, ref))],
+                "GRPO": lambda: our_grpo(models["GRPO"], reference, adam["GRPO"], tokens, mask, reward)}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, model in (("policy", policy), ("reference", reference)):
+                write_public(os.path.join(folder, name), model, make_tokenizer())
+            theirs, compact = (trl_forms(folder, each, answers, ref, reward) for _ in range(2))
+        for name in ours:
+            said = {form: [] for form in ("ours", "TRL", "TRL, answers only")}
+
+            def run(form, f):
+                trl.trainer.utils._use_triton = lambda device: form == "TRL, answers only"
+                torch.manual_seed(0)                                      # both shuffle a rollout by torch.randperm
+                said[form].append(f())
+
+            forms = {form: lambda form=form, f=f[name]: run(form, f) for form, f in zip(said, (ours, theirs, compact))}
+            s = interleave(forms, repeats=3)
+            for form in forms:                                            # losses and gradient norms of the first updates
+                torch.testing.assert_close(torch.tensor(said[form][0]), torch.tensor(said["ours"][0]), rtol=1e-3, atol=1e-6)
+                ratio = f"ours is {s[form][0] / s['ours'][0]:.1f}x" if form != "ours" else ""
+                line(f"{name} step, {case}, {form}", s[form][0], "s", f"{ratio} ({s[form][1]:.2f}-{s[form][2]:.2f})")
+
+
 # ------------------------------------------------------------------------------------------------------------------- how cost grows
 
 
@@ -410,5 +576,6 @@ if __name__ == "__main__":
         print(*cost(*map(int, sys.argv[2:])))
     else:
         print(f"torch {torch.__version__}, one CPU thread")
-        for name in [x for x in sys.argv[1:] if x != "--peers"] or ["logp", "generate", "shares", "step", "growth"]:
+        groups = ["logp", "generate", "shares", "step", "growth"] + ["trl"] * (PEERS and bool(importlib.util.find_spec("trl")))
+        for name in [x for x in sys.argv[1:] if x != "--peers"] or groups:
             globals()[f"bench_{name}"]()

@@ -3,12 +3,12 @@ What things cost, one line a figure: name, value, unit, and what it is a ratio t
 
     python tests/bench.py              all figures, some twenty minutes on one CPU thread
     python tests/bench.py logp         one group: logp, generate, shares, step or growth
-    python tests/bench.py --peers      beside transformers and liger-kernel too, and a group more: trl, where they are installed. An hour, 14 GB
+    python tests/bench.py --peers      beside transformers and liger-kernel, and a group more, trl, where they are installed: an hour, 14 GB
     python tests/bench.py cuda         the group for a GPU
 
 Everything is compared with the plain form of the same work, in one process, interleaved, on random numbers; times are medians, with the
-fastest and slowest run beside them. Memory is the peak above what was there before, each form in a process of its own. A peer's model is read
-from our export, and what both say is compared before anything is timed.
+fastest and slowest run beside them. Memory is the peak above what was there before, each form in a process of its own. A peer's model is
+read from our export, and what both say is compared before anything is timed.
 """
 import copy
 import importlib.util
@@ -98,8 +98,8 @@ def logp_mb(form, C, V):
 def bench_logp():
     for C, V in SHAPES:
         label = f"N={N} C={C} V={V}"
-        mb = {f: float(subprocess.run([sys.executable, __file__, "peak", f, str(C), str(V)], capture_output=True, text=True, check=True).stdout)
-              for f in FORMS}
+        words = [sys.executable, __file__, "peak"]
+        mb = {f: float(subprocess.run([*words, f, str(C), str(V)], capture_output=True, text=True, check=True).stdout) for f in FORMS}
         for form in FORMS:
             line(f"logp memory, {form}, {label}", mb[form], "MB", f"1/{mb['naive'] / mb[form]:.1f} of naive")
         assert mb["fused"] * 8 <= mb["naive"], "the fused log-prob must need at most an eighth of the naive form's memory"
@@ -145,7 +145,7 @@ def without_cache(model, prompts, group, max_new, generator):
 
 
 def transformers_generate(model, prompts, group, max_new, dtype=torch.float32, ends=True):
-    """The same model in transformers, and a function that samples from it: prompts padded on the left, cached, until the last row is done."""
+    """The same model in transformers, and a function that samples from it: prompts padded on the left, cached, to the last row's end."""
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -182,7 +182,7 @@ def workload(layers, width, heads, P):
 
 
 def bench_generate():
-    """Rollouts as RL has them: prompts of 16 to 128 tokens, 8 answers each, up to 256 tokens long and most far shorter (a mean of 30 to 90)."""
+    """Rollouts as RL has them: prompts of 16 to 128 tokens, 8 answers each, up to 256 tokens long, with a mean of 30 to 90."""
     for layers, width, heads, P in ((4, 128, 4, 1), (4, 128, 4, 8), (4, 128, 4, 32), (6, 384, 6, 1), (6, 384, 6, 8), (6, 384, 6, 32),
                                      (12, 768, 12, 8)):
         model, prompts = workload(layers, width, heads, P)
@@ -264,7 +264,7 @@ LONG, GROUP, BETA = 50257, 4, 0.04                                        # V, a
 
 
 def as_sampled(ragged):
-    """A prompt for each of 16 answers, and the answers, 64 and 64 ids long; ragged: 16 to 128, and 8 to 207 with a mean of 71, most of them short."""
+    """A prompt for each of 16 answers, and the answers, 64 and 64 ids long; ragged: 16 to 128, and 8 to 207 with a mean of 71."""
     ask = torch.linspace(16, 128, 4).int().tolist() if ragged else [64] * 4
     tail = -72 * torch.linspace(1, 1 / 16, 16).log()                      # quantiles of an exponential: the same lengths at any seed
     length = (8 + tail).int()[torch.randperm(16)].tolist() if ragged else [64] * 16
@@ -371,8 +371,8 @@ def trl_forms(folder, each, answers, ref, reward):
 
 
 def bench_trl():
-    """A step of SFT on 16 rows, of DPO on 8 pairs, and two of GRPO on 8 answers each, from the sampled answers on. On a CPU TRL has every position
-    meet the vocabulary, prompts and pads too; on a GPU with Triton those of answers alone, which "answers only" makes it do here as well."""
+    """A step of SFT on 16 rows, of DPO on 8 pairs, and two of GRPO on 8 answers each, from the sampled answers on. On a CPU TRL has every
+    position meet the vocabulary; on a GPU with Triton those of answers alone, which "answers only" makes it do here as well."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     import datasets
     import transformers
@@ -481,8 +481,10 @@ def bench_growth():
 # ----------------------------------------------------------------------------------------------------------------------------- GPU
 
 
-GPUS = {"GPT-2 124M": dict(vocab=50257, context=1024, layers=12, width=768, heads=12, norm="layer", positions="learned", mlp="gelu", bias=True),
-        "Qwen2.5 0.5B": dict(vocab=151936, context=4096, layers=24, width=896, heads=14, kv_heads=2, mlp_width=4864, rope_base=1e6, qkv_bias=True)}
+GPUS = {"GPT-2 124M": dict(vocab=50257, context=1024, layers=12, width=768, heads=12, norm="layer", positions="learned", mlp="gelu",
+                           bias=True),
+        "Qwen2.5 0.5B": dict(vocab=151936, context=4096, layers=24, width=896, heads=14, kv_heads=2, mlp_width=4864, rope_base=1e6,
+                             qkv_bias=True)}
 
 
 def seconds(f, device, repeats=5):
@@ -498,8 +500,8 @@ def seconds(f, device, repeats=5):
 
 
 def bench_cuda(device=torch.device("cuda"), shapes=GPUS, batches=(64, 128, 256, 512), lengths=(128, 256), size=8192):
-    """What the GPU can do, and how near to it sampling and training come: bytes that a decoding step must read over the speed of a copy, and
-    multiplications of an update over the rate of a large product in bf16. Random weights, equal lengths: no answer ends early."""
+    """What the GPU can do, and how near to it sampling and training come: bytes that a decoding step must read over the speed of a copy,
+    and multiplications of an update over the rate of a large product in bf16. Random weights, equal lengths: no answer ends early."""
     P, new = lengths
     source = torch.empty(size * size, device=device)
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
@@ -521,11 +523,13 @@ def bench_cuda(device=torch.device("cuda"), shapes=GPUS, batches=(64, 128, 256, 
             limit = N / ((2 * matrices + cache) / copied)
             rate = {form: N * new / seconds(f, device, 3) for form, f in forms.items()}
             for form in forms:
-                line(f"generate, {name}, {N} answers, {form}", rate[form], "tok/s", f"{rate[form] / limit:.2f} of the limit, ours is {rate['ours'] / rate[form]:.1f}x")
+                note = f"{rate[form] / limit:.2f} of the limit, ours is {rate['ours'] / rate[form]:.1f}x"
+                line(f"generate, {name}, {N} answers, {form}", rate[form], "tok/s", note)
         tokens = torch.randint(0, cfg.vocab, (32, P + new), device=device)
         mask = (torch.arange(P + new) >= P).float().expand(32, -1)
         old, adv, held = torch.zeros(32, P + new, device=device), torch.randn(32, device=device), mask.to(device)
-        work = 6 * tokens.numel() * (matrices - cfg.vocab * cfg.width + cfg.layers * cfg.heads * cfg.head_dim * (P + new)) + 6 * held.sum().item() * cfg.vocab * cfg.width
+        head, look = cfg.vocab * cfg.width, cfg.layers * cfg.heads * cfg.head_dim * (P + new)
+        work = 6 * (tokens.numel() * (matrices - head + look) + int(mask.sum()) * head)         # the head's second product is not counted
 
         def update():
             optimizer.zero_grad()
@@ -539,8 +543,8 @@ def bench_cuda(device=torch.device("cuda"), shapes=GPUS, batches=(64, 128, 256, 
             M.set_blocks(model, False, compiled)
             took = seconds(update, device)
             peak = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
-            line(f"GRPO update, {name}, {'compiled' if compiled else 'eager'}", work / took / 1e12, "TFLOP/s", f"{work / took / product:.2f} of the product's rate, {peak}")
-        del model, optimizer
+            label = f"GRPO update, {name}, {'compiled' if compiled else 'eager'}"
+            line(label, work / took / 1e12, "TFLOP/s", f"{work / took / product:.2f} of the product's rate, {peak}")
     bench_logp_cuda(device)
 
 

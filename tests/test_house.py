@@ -13,6 +13,12 @@ from conftest import ROOT
 SCRIPTS = [f for f in ("sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py", "dapo.py") if os.path.exists(os.path.join(ROOT, f))]
 
 
+def all_tests():
+    """Of every test function in tests/."""
+    files = [f for f in os.listdir(os.path.join(ROOT, "tests")) if f.endswith(".py")]
+    return {name for f in files for name in re.findall(r"^def (test_\w+)", source("tests/" + f), re.M)}
+
+
 def source(name):
     with open(os.path.join(ROOT, name), encoding="utf-8") as f:
         return f.read()
@@ -120,3 +126,18 @@ def test_the_code_that_the_readme_shows_stands_in_the_files():
     for block, (old, new) in zip(blocks, (("ppo.py", "grpo.py"), ("grpo.py", "dapo.py")), strict=True):
         for line in block.splitlines():
             assert plain(line[1:]) in lines[old if line[0] == "-" else new], line
+
+
+def test_every_equation_of_the_readmes_table_stands_in_its_file_and_has_its_tests():
+    """Rows are: equation | file: `line` | `test`, `test`."""
+    table = source("README.md").split("### What proves it")[1].split("\n#")[0]
+    rows = re.findall(r"^\| (?!equation|---)(.*) \| ([\w.]+): `(.*)` \| (.*) \|$", table, re.M)
+    assert len(rows) == table.count("\n| ") - 1 >= 20
+    for _, file, line, tests in rows:
+        assert any(line in " ".join(own.split()) for own in source(file).splitlines()), (file, line)
+        assert set(re.findall(r"`(\w+)`", tests)) <= all_tests(), tests
+    assert {file for _, file, _, _ in rows} == {"model.py", *SCRIPTS}
+
+
+def test_every_test_that_the_readme_names_exists():
+    assert set(re.findall(r"`(test_\w+)`", source("README.md"))) <= all_tests()

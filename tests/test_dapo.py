@@ -216,7 +216,7 @@ def test_sampling_stops_at_the_bound_and_goes_on_with_what_there_is(tmp_path, mo
 def test_without_its_four_changes_it_trains_as_token_mean_grpo_without_a_price(tmp_path, monkeypatch):
     """The whole script against the whole of grpo.py with the reduction swapped: the same answers, the same metrics, the same weights."""
     write(tmp_path, "ehm")
-    whole = dict(micro_tokens=10 ** 6, steps=5, epochs=3, plain=True)
+    whole = dict(micro_tokens=10 ** 6, steps=5, epochs=3, temperature=0.8, plain=True)
     ours = run(tmp_path, "dapo", monkeypatch, clip_high=0.2, tries=1, overlong_cache=0, **whole)
     monkeypatch.setattr(grpo, "grpo_loss", lambda logp, old, ref, adv, mask, eps, beta, n: grpo_loss(logp, old, ref, adv * mask.sum(1), mask, eps, beta, mask.sum()))
     theirs = run(tmp_path, "grpo", monkeypatch, module=grpo, kl_beta=0.0, **whole)

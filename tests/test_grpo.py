@@ -1,6 +1,8 @@
 """GRPO's loss against enumeration, closed forms and brute force.   python -m pytest tests/test_grpo.py"""
 import itertools
+import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ import dapo
 import grpo
 import ppo
 import sft
-from conftest import PROMPTS, gradients, tiny
+from conftest import PROMPTS, gradients, naive_logp, tiny
 from grpo import group_advantage, grpo_loss, kl_k3
-from model import GPT, GPTConfig, micro_batches
+from model import GPT, GPTConfig, load, make_tokenizer, micro_batches, save
 
 DEVICE = torch.device("cpu")
 
@@ -266,3 +268,66 @@ def test_the_format_reward_is_a_bonus_of_the_rule_alone():
         reward, gold = script.rewards(script.Config(format_reward=0.25), None, rows, torch.zeros(5, 3), mask, texts)
         assert reward.tolist() == [1.25, 1, .25, 0, 0] and gold.tolist() == [1, 1, 0, 0, 0]
         assert script.rewards(script.Config(), None, rows, torch.zeros(5, 3), mask, texts)[0].tolist() == [1, 1, 0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ the script
+
+
+def test_what_the_update_gets_is_what_was_said_and_earned(tmp_path, monkeypatch):
+    """The whole script at temperature .7, two epochs of two minibatches in small pieces: whatever reaches the loss is found again from the
+    tokens alone. The reference is the policy of the start in every rollout; the ratio is 1 before a rollout's first step and not after it,
+    and old log-probs stay for both epochs; an answer has the advantage of its own prompt's group; the log tells means over all pieces."""
+    (tmp_path / "init").mkdir()
+    save(str(tmp_path / "init"), tiny(vocab=257, stop=tuple(range(60)), dtype=torch.float32), make_tokenizer("bytes"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i % 4}:{i}?", "answer": "0"}) + "\n" for i in range(300)))
+    rule = lambda prompt, text: float(len(text) % 4 == int(prompt[0]))    # what is right for one prompt is wrong for another
+    monkeypatch.setattr(grpo, "score", lambda row, text: rule(row["prompt"], text))
+    calls, read, token_logp, loss = [], [], GPT.token_logp, grpo.grpo_loss
+
+    def reading(self, tokens, *args):
+        read.append((tokens, token_logp(self, tokens, *args)))
+        return read[-1][1]
+
+    def watching(*args):
+        calls.append((read[-1][0], [x.detach() for x in args[:5]], args[7:], read[-1][1][1]))
+        return loss(*args)
+
+    monkeypatch.setattr(GPT, "token_logp", reading)
+    monkeypatch.setattr(grpo, "grpo_loss", watching)
+    monkeypatch.setattr(grpo.Folder, "plot", lambda *names: None)
+    grpo.train(grpo.Config(init=str(tmp_path / "init"), data=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "out"), max_new=12, prompts=6,
+                           group=4, minibatch=12, epochs=2, steps=3, temperature=0.7, lr=1e-3, warmup=0, micro_tokens=60, eval_every=100,
+                           guard=False))
+    start, tokenizer = load(str(tmp_path / "init"))
+    rows = [json.loads(line) for line in open(tmp_path / "out/metrics.jsonl")][1:]
+    rollouts = [[] for _ in rows]
+    for call in calls:
+        full = next(r for r in rollouts if sum(len(tokens) for tokens, *_ in r) < 2 * 24)    # every answer is learned from twice
+        full.append(call)
+    moved = nonzero = shuffled = 0
+    for row, pieces in zip(rows, rollouts):
+        assert len(pieces) > 4 and sum(len(tokens) for tokens, *_ in pieces) == 48
+        done, olds, said, order = 0, {}, {}, []
+        for tokens, (logp, old, ref, adv, mask), n, _ in pieces:
+            torch.testing.assert_close(ref, naive_logp(start, tokens, 0.7).detach() * mask, rtol=0, atol=1e-4)
+            gap = (logp - old).abs().max()
+            assert n == (12,) and (gap < 1e-5 if done < 12 else True)
+            moved, done = moved + (done >= 12 and gap.item() > 1e-3), done + len(tokens)
+            for ids, m, o, a in zip(tokens, mask, old, adv.tolist()):
+                ids, chosen = tuple(ids[:int(m.nonzero().max()) + 1].tolist()), m > 0
+                torch.testing.assert_close(olds.setdefault(ids, o[chosen]), o[chosen])
+                order.append(ids)
+                prompt, text = tokenizer.decode(ids[:int(m.argmax())]), tokenizer.decode(ids[int(m.argmax()):-1])
+                said.setdefault(prompt, []).append((rule(prompt, text) if ids[-1] < 60 else 0.0, a))
+        shuffled += set(order[:12]) != set(order[24:36])                  # each epoch has minibatches of its own
+        for both in said.values():
+            reward, adv = zip(*both)                                      # four answers, twice
+            mean, std = statistics.mean(reward), statistics.stdev(sorted(reward)[::2])
+            assert len(both) == 8 and adv == pytest.approx([(r - mean) / (std + 1e-4) if std else 0.0 for r in reward], abs=1e-4)
+            nonzero += std > 0
+        inside = lambda x: torch.cat([x(piece)[piece[1][4] > 0] for piece in pieces])
+        d = inside(lambda piece: piece[1][2] - piece[1][0])
+        assert row["kl"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-3, abs=1e-6)
+        assert row["ent"] == pytest.approx(inside(lambda piece: piece[3]).mean().item(), rel=1e-3)
+        assert row["reward"] == pytest.approx(statistics.mean(r for both in said.values() for r, _ in both))
+    assert moved > 6 and nonzero > 6 and shuffled and rows[-1]["kl"] > 1e-4

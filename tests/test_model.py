@@ -77,6 +77,8 @@ def test_half_precision_inputs_give_float32_results_and_gradients_of_the_masters
     assert weight.grad.dtype == torch.float32 and hidden.grad.dtype == torch.bfloat16
     expected = (hidden.float() @ weight.bfloat16().float().T).log_softmax(-1).diagonal()
     torch.testing.assert_close(logp, expected, rtol=0, atol=0.05)
+    rounded = torch.nn.functional.linear(hidden, weight.bfloat16()).float().log_softmax(-1).diagonal()       # the logits are bf16's, no more
+    torch.testing.assert_close(logp, rounded, rtol=0, atol=1e-5)
 
 
 def test_token_logp_scores_masked_positions_and_no_others(family):

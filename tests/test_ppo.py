@@ -1,13 +1,15 @@
 """PPO's pieces against brute force, closed forms and enumeration.   python -m pytest tests/test_ppo.py"""
 import itertools
+import json
 import math
+import statistics
 
 import pytest
 import torch
 
 import ppo
-from conftest import PROMPTS, gradients, tiny
-from model import GPT, GPTConfig, InputError, ScalarModel, frozen_scalars, make_tokenizer, micro_batches
+from conftest import PROMPTS, gradients, naive_logp, tiny
+from model import GPT, GPTConfig, InputError, ScalarModel, frozen_scalars, load, make_tokenizer, micro_batches, save
 from ppo import explained_variance, gae, ppo_loss, token_reward, value_loss, whiten
 
 DEVICE = torch.device("cpu")
@@ -71,7 +73,9 @@ def test_gae_is_the_sum_of_discounted_errors_on_ragged_rows(gamma, lam):
     torch.testing.assert_close(adv, brute_gae(reward, value, mask, gamma, lam), rtol=0, atol=1e-12)
     torch.testing.assert_close(ret, (adv + value) * mask, rtol=0, atol=1e-12)
     for spoiled in spoil(mask, reward, value):
+        kept = [x.clone() for x in spoiled]
         assert all(torch.equal(a, b) for a, b in zip(gae(*spoiled, mask, gamma, lam), (adv, ret)))
+        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(spoiled, kept))      # what it was given stays as it was
 
 
 def test_lambda_1_is_monte_carlo_and_lambda_0_trusts_the_next_value():
@@ -314,3 +318,80 @@ def test_a_cut_answer_gets_its_penalty_and_never_a_score():
     judge.head.bias.data.fill_(math.nan)
     with pytest.raises(InputError, match="not finite"):
         ppo.rewards(cfg, judge, rows, tokens, mask, texts)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the script
+
+
+def test_what_the_update_gets_is_what_was_said_scored_and_valued(tmp_path, monkeypatch):
+    """The whole script at temperature .7, two epochs of two minibatches in small pieces: advantages and returns that reach the losses are
+    made again from the tokens, one answer at a time and all logits at once. The judge and the reference are those of the start in every
+    rollout; the critic begins as the judge, in units of one standard deviation of its scores; whitening is over the rollout, after the
+    returns; nothing has moved before a rollout's first step, and old log-probs and values stay for both epochs."""
+    stop, own = tuple(range(60)), dict(vocab=257, stop=tuple(range(60)), dtype=torch.float32)
+    for folder, model in (("init", tiny(**own)), ("judge", ScalarModel(tiny(**own, seed=1), std=0.5))):
+        (tmp_path / folder).mkdir()
+        save(str(tmp_path / folder), model, make_tokenizer("bytes"))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(300)))
+    read, rollouts, gaps, token_logp, earned, ppo_loss, value_loss = [], [], {}, GPT.token_logp, ppo.rewards, ppo.ppo_loss, ppo.value_loss
+
+    def reading(self, tokens, *args):
+        read.append(tokens)
+        return token_logp(self, tokens, *args)
+
+    def judging(cfg, judge, rows, tokens, mask, texts):
+        reward = earned(cfg, judge, rows, tokens, mask, texts)
+        rollouts.append((tokens, mask, reward[0], {}))
+        return reward
+
+    def watching(loss):
+        def spy(new, old, x, mask, *args):                                # logp, old_logp, adv, or value, old_value, ret; then clip and n
+            gaps.setdefault((loss.__name__, len(rollouts)), ((new - old).detach() * mask).abs().max().item())
+            for ids, m, *row in zip(read[-1], mask, old, x):
+                key = loss.__name__, tuple(ids[:int(m.nonzero().max()) + 1].tolist())
+                rollouts[-1][3].setdefault(key, []).append([args[1:]] + [y[m > 0].tolist() for y in row])
+            return loss(new, old, x, mask, *args)
+        return spy
+
+    monkeypatch.setattr(GPT, "token_logp", reading)
+    monkeypatch.setattr(ppo, "rewards", judging)
+    monkeypatch.setattr(ppo, "ppo_loss", watching(ppo_loss))
+    monkeypatch.setattr(ppo, "value_loss", watching(value_loss))
+    monkeypatch.setattr(ppo.Folder, "plot", lambda *names: None)
+    beta, gamma, lam = 0.5, 0.9, 0.8
+    paths = {name: str(tmp_path / path) for name, path in (("init", "init"), ("reward", "judge"), ("data", "rows.jsonl"), ("out", "out"))}
+    ppo.train(ppo.Config(**paths, prompts=12, minibatch=6, epochs=2, steps=3, max_new=12, temperature=0.7, no_end_reward=-1.0, kl_beta=beta,
+                         gamma=gamma, lam=lam, lr=1e-3, critic_lr=1e-3, warmup=0, micro_tokens=60, eval_every=100, guard=False))
+    (start, _), (judge, _) = load(str(tmp_path / "init")), load(str(tmp_path / "judge"))
+    unit = statistics.pstdev(rollouts[0][2].tolist())                     # of many answers of the start
+    rollouts = [r for r in rollouts if r[3]]
+    assert len(rollouts) == 3 and unit > 0.1
+    assert len(gaps) == 6 and max(gaps.values()) < 1e-4
+    for i, (tokens, mask, _, seen) in enumerate(rollouts):
+        assert len(seen) == 24
+        answers, scores = [ids[:int(m.nonzero().max()) + 1] for ids, m in zip(tokens, mask)], []
+        for ids in answers:
+            scores.append(judge(ids[None])[0, -1].item() if int(ids[-1]) in stop else None)
+        worst = min([-1.0] + [x for x in scores if x is not None])
+        raw, rets, advs, tokens_of = [], [], [], {}
+        for ids, m, score in zip(answers, mask, scores):
+            policy, critic = (seen[name, tuple(ids.tolist())] for name in ("ppo_loss", "value_loss"))
+            assert len(policy) == len(critic) == 2 and policy[0][1:] == policy[1][1:] and critic[0][1:] == critic[1][1:]
+            at, (_, old, adv), (_, value, ret) = m.nonzero()[:, 0].tolist(), policy[0], critic[0]
+            for loss, epochs in (("policy", policy), ("critic", critic)):
+                for epoch, (n, *_) in enumerate(epochs):
+                    tokens_of[loss, epoch, n] = tokens_of.get((loss, epoch, n), 0) + len(at)
+            with torch.no_grad():
+                ref = naive_logp(start, ids[None], 0.7)[0, at].tolist()
+                first = (judge(ids[None])[0, [t - 1 for t in at]] / unit).tolist()
+            if i == 0:
+                assert old == pytest.approx(ref, abs=1e-4) and value == pytest.approx(first, abs=1e-4)
+            reward = [-beta * (a - b) for a, b in zip(old, ref)]
+            reward[-1] += (worst if score is None else score) / unit
+            both = [torch.tensor([x]).double() for x in (reward, value)]
+            here = brute_gae(*both, torch.ones(1, len(at)), gamma, lam)[0].tolist()
+            raw, rets, advs = raw + here, rets + [(a + v, x) for a, v, x in zip(here, value, ret)], advs + adv
+        mean, std = statistics.mean(raw), statistics.pstdev(raw)
+        assert advs == pytest.approx([(x - mean) / std for x in raw], abs=1e-3)
+        assert [x for _, x in rets] == pytest.approx([x for x, _ in rets], abs=1e-3)
+        assert all(n in ((total,), (total / 2,)) for (*_, n), total in tokens_of.items())     # two steps an epoch, maybe of equal length

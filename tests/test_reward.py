@@ -1,5 +1,6 @@
 """The reward model's losses and read-out by closed forms, brute force and finite differences; what the labellers and the reader of pairs do.
 python -m pytest tests/test_reward.py"""
+import copy
 import itertools
 import json
 import math
@@ -10,7 +11,8 @@ import torch
 
 import reward
 from conftest import PROMPTS, tiny
-from model import GPTConfig, InputError, ScalarModel, make_tokenizer, micro_batches, frozen_scalars, pad_batch, read_preferences
+from model import (GPTConfig, InputError, Optimizers, ScalarModel, frozen_scalars, load, make_tokenizer, micro_batches, pad_batch,
+                   read_preferences, save)
 from reward import bradley_terry_loss, ranking_loss
 
 LN2 = math.log(2)
@@ -297,3 +299,36 @@ def test_bad_preferences_are_named_by_line_and_field(row, says, tmp_path):
     with pytest.raises(InputError) as e:
         read(tmp_path, row)
     assert says in str(e.value) and ("rows.jsonl:1" in str(e.value) or "no row is left" in says)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.mark.parametrize("budget", [10 ** 6, 30])
+@pytest.mark.parametrize("kind", ["pairs with margins", "rankings with ties"])
+def test_one_step_of_the_script_is_its_equation_whatever_the_pieces(kind, budget, tmp_path, monkeypatch):
+    """All prompts in one batch, a plain gradient step of size 1: what the weights lose is the gradient of the mean over prompts of means over
+    their pairs, margins taken off, from scores that are read one answer at a time."""
+    rows = [{"prompt": f"{i}?", "chosen": "ab" * (1 + i % 5), "rejected": "c" * (1 + i % 4), "margin": i % 3} if kind == "pairs with margins" else
+            {"prompt": f"{i}?", "responses": ["ab" * (1 + i % 5), "c" * (1 + i % 4), "d"], "ranks": [0, 1, 1 + i % 2]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "init").mkdir()
+    save(str(tmp_path / "init"), tiny(vocab=257, dtype=torch.float32), make_tokenizer())
+    began = []
+    sgd = lambda model, *a: began.append(copy.deepcopy(model)) or Optimizers(torch.optim.SGD(model.parameters(), lr=1.0))
+    monkeypatch.setattr(reward, "make_optimizer", sgd)
+    monkeypatch.setattr(reward, "set_lr", lambda *a: 1.0)
+    monkeypatch.setattr(reward.Folder, "plot", lambda *names: None)
+    paths = {name: str(tmp_path / path) for name, path in (("init", "init"), ("data", "rows.jsonl"), ("out", "out"))}
+    config = cfg(**paths, batch=1000, micro_tokens=budget, grad_clip=1e9)
+    reward.train(config)
+    tokenizer, losses = load(str(tmp_path / "init"))[1], []
+    for row in reward.ready(reward.preferences(config, None, tokenizer)[0][0], tokenizer, 48):
+        r = [began[0](torch.tensor([ids]))[0, -1] for ids in row["tokens"]]
+        pairs = [(a, b) for (a, i), (b, j) in itertools.product(zip(r, row["ranks"]), repeat=2) if i < j]
+        losses.append(sum(torch.log1p(torch.exp(row.get("margin", 0) - a + b)) for a, b in pairs) / len(pairs))
+    after = dict(load(str(tmp_path / "out"))[0].named_parameters())
+    unread = ("trunk.head.weight", "head.bias")                           # and the level of the scores is set by hand, from demonstrations
+    names, params = zip(*[(name, p) for name, p in began[0].named_parameters() if name not in unread])
+    for name, p, g in zip(names, params, torch.autograd.grad(sum(losses) / len(losses), params)):
+        torch.testing.assert_close(p - after[name], g, rtol=1e-3, atol=1e-4 * g.abs().max().item() + 1e-6)

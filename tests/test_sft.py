@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import sft
-from conftest import gradients, tiny
-from model import InputError, make_tokenizer, micro_batches, pad_batch, part, sums
+from conftest import gradients, naive_logp, tiny
+from model import InputError, Optimizers, load, make_tokenizer, micro_batches, pad_batch, part, save, sums
 
 DEVICE = torch.device("cpu")
 
@@ -117,3 +117,23 @@ def test_messages_train_the_assistant_only_and_generation_starts_at_its_header()
     assert tok.decode(row["ids"]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert row["tokens"][:len(row["ids"])] == row["ids"]
     assert tok.decode([i for i, m in zip(row["tokens"], row["mask"]) if m]) == "yo<|im_end|>"
+
+
+@pytest.mark.parametrize("budget", [10 ** 6, 30])
+def test_one_step_of_the_script_is_equation_1_whatever_the_pieces(budget, tmp_path, monkeypatch):
+    """All rows in one batch, a plain gradient step of size 1: what the weights lose is the gradient of the token mean, computed here."""
+    (tmp_path / "init").mkdir()
+    save(str(tmp_path / "init"), tiny(vocab=257, dtype=torch.float32), make_tokenizer())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?", "response": "ab" * (1 + i % 7)}) + "\n" for i in range(40)))
+    monkeypatch.setattr(sft, "make_optimizer", lambda model, *a: Optimizers(torch.optim.SGD(model.parameters(), lr=1.0)))
+    monkeypatch.setattr(sft, "set_lr", lambda *a: 1.0)
+    monkeypatch.setattr(sft.Folder, "plot", lambda *names: None)
+    (model, tokenizer), cfg = load(str(tmp_path / "init")), sft.Config(data=str(tmp_path / "rows.jsonl"), max_new=4)
+    rows, _, _ = sft.demonstrations(cfg, tokenizer, 48)
+    sft.train(sft.Config(init=str(tmp_path / "init"), data=cfg.data, out=str(tmp_path / "out"), steps=1, batch=len(rows), micro_tokens=budget,
+                         max_new=4, grad_clip=1e9))
+    tokens, mask = pad_batch([row["tokens"] for row in rows], [row["mask"] for row in rows])
+    loss = -(naive_logp(model, tokens) * mask).sum() / mask.sum()
+    after, _ = load(str(tmp_path / "out"))
+    for p, q, g in zip(model.parameters(), after.parameters(), torch.autograd.grad(loss, list(model.parameters()))):
+        torch.testing.assert_close(p - q, g, rtol=1e-3, atol=1e-4 * g.abs().max().item() + 1e-6)

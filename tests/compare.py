@@ -90,7 +90,7 @@ def train(script, out, *more, **env):
     """Run a script into `out` unless it has already finished there; the seconds that it took are kept beside the run."""
     if not os.path.exists(f"{out}/seconds.json"):
         t = time.perf_counter()
-        subprocess.run([sys.executable, f"{ROOT}/{script}", *more, "--out", out], check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
+        subprocess.run([sys.executable, os.path.join(ROOT, script), *more, "--out", out], check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
         with open(f"{out}/seconds.json", "w") as f:
             json.dump({"seconds": time.perf_counter() - t}, f)
 

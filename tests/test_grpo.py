@@ -331,3 +331,14 @@ def test_what_the_update_gets_is_what_was_said_and_earned(tmp_path, monkeypatch)
         assert row["ent"] == pytest.approx(inside(lambda piece: piece[3]).mean().item(), rel=1e-3)
         assert row["reward"] == pytest.approx(statistics.mean(r for both in said.values() for r, _ in both))
     assert moved > 6 and nonzero > 6 and shuffled and rows[-1]["kl"] > 1e-4
+
+
+def test_the_walk_of_one_token_runs_on_any_checkpoint(tmp_path, capsys):
+    """The README's worked example, here on a model that has learned nothing."""
+    import walk
+    from model import make_tokenizer, save
+    torch.manual_seed(0)
+    save(tmp_path, GPT(GPTConfig()), make_tokenizer())
+    walk.walk(str(tmp_path))
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == "prompt answers tokens hidden logit sampler reward loss gradient one afterwards".split()

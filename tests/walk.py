@@ -26,7 +26,8 @@ def walk(folder="out/sft"):
     torch.manual_seed(SEED)
     tokens, mask, sampled = policy.generate([ids], G, Config.max_new)
     texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
-    i = next(i for i, text in enumerate(texts) if text and score({"two_digits": TOTAL}, text))               # a right answer
+    right = [i for i, text in enumerate(texts) if text and score({"two_digits": TOTAL}, text)]
+    i = (right or [0])[0]                                                     # a right answer
     t = len(ids)                                                              # its first token: a running total, or # and a guess
     told = tokenizer.decode([tokens[i, t].item()])
     print(f"prompt      {PROMPT!r} -> ids {ids}, {len(ids)} tokens")

@@ -20,8 +20,8 @@ G answers a prompt.
 Sources: nanoGPT (github.com/karpathy/nanoGPT) for the shape of such a file; RoPE arXiv 2104.09864, grouped queries
 arXiv 2305.13245.
 """
-import argparse, base64, functools, hashlib, inspect, json, math, os, random, re, shutil, subprocess, sys, time
-import unicodedata
+import argparse, base64, functools, hashlib, inspect, json, math, os, random, re, shutil, signal, subprocess, sys
+import threading, time, traceback, unicodedata, zipfile
 from dataclasses import asdict, dataclass, fields
 from decimal import Decimal
 from fractions import Fraction
@@ -1119,10 +1119,12 @@ def save(folder, model, tokenizer, name="ckpt.pt", **state):
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:                          # RuntimeError: how torch's writer reports a full disk
+    except (OSError, RuntimeError) as e:                  # torch's writer hides a full disk behind an error of its own
+        why = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise InputError(f"{path}: could not be written ({why.args[-1]}); the checkpoint before it is untouched") from e
+    finally:
         if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        raise InputError(f"{path}: could not be written ({e.args[-1]}); the checkpoint before it is untouched") from e
+            os.remove(path + ".tmp")                              # nothing is left of one that failed
 
 
 def read_checkpoint(folder):
@@ -1131,11 +1133,16 @@ def read_checkpoint(folder):
     if not os.path.exists(path):
         raise InputError(f"{folder}: no checkpoint here (no ckpt.pt), nor a public model's folder (no config.json)")
     try:
+        with zipfile.ZipFile(path) as f:
+            whole = f.testzip() is None                   # torch.load checks no sums: a flipped bit would be a weight
         data = torch.load(path, map_location="cpu", weights_only=True)
-        data["model"], data["config"], data["tokenizer"], data["kind"]
+        data["config"], data["tokenizer"], data["kind"]
+        dense = lambda name, x: isinstance(name, str) and x.is_floating_point() and x.layout == torch.strided
+        if not whole or not all(dense(name, x) for name, x in data["model"].items()):
+            raise ValueError
         return data
     except Exception as e:                                # a torn zip, a pickle with code in it, another program's file
-        raise InputError(f"{path}: not a nanoPO checkpoint ({type(e).__name__})") from e
+        raise InputError(f"{path}: not a nanoPO checkpoint, or a damaged one ({type(e).__name__})") from e
 
 
 def is_public(folder, made=False):
@@ -1159,13 +1166,13 @@ def load(path, device="cpu", kind=None, chat="auto", system=""):
     data = {"kind": "GPT"} if public else read_checkpoint(path)
     if kind and data["kind"] != kind:
         name = {"GPT": "a policy", "ScalarModel": "a reward model"}
-        raise InputError(f"{path}: this is {name.get(data['kind'], data['kind'])}, and {name[kind]} is needed here")
+        raise InputError(f"{path}: this is {name.get(str(data['kind']), 'neither')}, and {name[kind]} is needed here")
     if public:
         return read_public(path, device, chat, system)
     try:
         model = GPT(GPTConfig(**data["config"]))
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"{path}: its config does not describe a model ({e})") from None
+    except Exception as e:
+        raise InputError(f"{path}: its config does not describe a model ({type(e).__name__}: {e})") from None
     model = model if data["kind"] == "GPT" else ScalarModel(model)
     load_weights(model, data["model"], path, "its config asks for")
     return model.to(device), saved_tokenizer(path, data["tokenizer"], chat, system)
@@ -1176,7 +1183,7 @@ def saved_tokenizer(path, saved, chat, system):
     saved = saved if isinstance(saved, dict) else {"name": saved}         # a name alone: from before there were others
     turns, system = as_turns(chat, saved.get("turns", False), system), system or saved.get("system", "")
     if not saved.get("files"):
-        return make_tokenizer(saved["name"], turns, system)
+        return make_tokenizer(saved.get("name"), turns, system)
     family, cfg = public_config(path, saved["files"])
     return public_tokenizer(path, saved["files"], family, cfg, "chat" if turns else "plain", system)
 
@@ -1834,6 +1841,8 @@ class Folder:
         """
         state = read_checkpoint(self.out) if resume else {"step": 0, "more": {}}
         if resume:
+            if not {"step", "more", "optimizer", "rng"} <= state.keys():
+                raise InputError(f"{self.out}: its checkpoint is a model alone; --init {self.out} starts a run from it")
             where = f"{self.out}: its checkpoint has another shape than the flags say"
             load_weights(model, state["model"], where, "they ask for")
             optimizer.load_state_dict(state["optimizer"])
@@ -1849,9 +1858,12 @@ class Folder:
     def open(self, step, resume):
         if resume:
             if os.path.exists(self.path("metrics.jsonl")):
-                with open(self.path("metrics.jsonl"), encoding="utf-8") as f:
-                    self.rows = [json.loads(line) for line in f if line.endswith("\n")]     # a torn line goes
-            self.rows = [row for row in self.rows if row["step"] <= step]
+                try:
+                    with open(self.path("metrics.jsonl"), encoding="utf-8") as f:
+                        self.rows = [json.loads(line) for line in f if line.endswith("\n")]     # a torn line goes
+                    self.rows = [row for row in self.rows if row["step"] <= step]
+                except (ValueError, KeyError, TypeError) as e:
+                    raise InputError(f"{f.name}: not what a run has logged ({type(e).__name__}: {e})") from None
             self.write_rows("metrics.jsonl", self.rows)
             for row in self.rows if self.guard else []:
                 self.guard.check(row)

@@ -1752,8 +1752,13 @@ def parse_config(Config, argv=None):
             raise InputError(f"{path}: not a run's settings ({e})") from None
     if saved.get("script") != script_name(Config):
         raise InputError(f"{cfg.out}: this is a run of {saved.get('script')}, not of {script_name(Config)}")
-    parser.set_defaults(**{name: x for name, x in saved.items() if name in comment and name not in ("out", "resume")})
-    return parsed()
+    kept = {name: str(x) for name, x in saved.items() if name in comment and name not in ("out", "resume")}
+    parser.set_defaults(**kept)                                       # as text, so that each is checked as a flag is
+    cfg = parsed()
+    if not os.path.exists(os.path.join(cfg.out, "ckpt.pt")):
+        print(f"{cfg.out}: no checkpoint yet, so this run begins again")
+        cfg.resume = False
+    return cfg
 
 
 def script_name(Config):

@@ -293,7 +293,7 @@ def train(cfg):
         why = out.log(step, shown, **metrics)
         if why:
             out.stop(policy, optimizer, step, why)
-        if last or step % cfg.eval_every == 0:
+        if last or out.leaving or step % cfg.eval_every == 0:
             out.save(policy, optimizer, step, used=used, before=(before, texts_before))
 
     after, texts = validate(policy, tokenizer, test, cfg, judge, samples=8)

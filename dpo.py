@@ -230,7 +230,7 @@ def train(cfg):
         why = out.log(step, shown, **metrics)
         if why:
             out.stop(policy, optimizer, step, why)
-        if last or step % cfg.eval_every == 0:
+        if last or out.leaving or step % cfg.eval_every == 0:
             out.save(policy, optimizer, step, ref=ref, which=which, before=(before, texts_before))
 
     after, texts = held_out(policy, tokenizer, asked_test, test, cfg, device, samples=8)

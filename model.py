@@ -1790,7 +1790,15 @@ def make_first(folder, script, default, seed, *flags):
     print(f"{folder} {'is unfinished' if state else 'does not exist'}: running {script} first", flush=True)
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), script)
     more = ["--resume"] if state else ["--seed", str(seed), *flags]
-    if subprocess.run([sys.executable, here, "--out", folder, *more]).returncode:
+    child = subprocess.Popen([sys.executable, here, "--out", folder, *more])
+    try:
+        failed = child.wait()
+    except KeyboardInterrupt:                                         # it is waited for until it has saved
+        if os.name == "posix":
+            child.terminate()                                         # a scheduler may have told this script alone
+        child.wait()
+        raise KeyboardInterrupt("the same command goes on from what is saved") from None
+    if failed:
         raise InputError(f"{script} failed, see above; {folder} is needed here")
 
 
@@ -1833,7 +1841,7 @@ class Folder:
 
     def __init__(self, out, cfg, steps, tokenizer, guard):
         self.out, self.cfg, self.steps, self.tokenizer, self.guard = out, cfg, steps, tokenizer, guard
-        self.rows, self.clock = [], None
+        self.rows, self.clock, self.leaving = [], None, False
 
     def path(self, name):
         return os.path.join(self.out, name)
@@ -1899,6 +1907,24 @@ class Folder:
         cuda = {"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
         save(self.out, model, self.tokenizer, name, step=step, finished=step == self.steps,
              optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), more=more, **cuda)
+        if self.leaving and name == "ckpt.pt":
+            raise KeyboardInterrupt(f"step {step} is saved, the same command with --resume goes on from it")
+        if step == self.steps:                                       # nothing is left to be saved
+            self.heed(self.leave, signal.default_int_handler)
+
+    def heed(self, old, new):
+        """Ctrl-C and a scheduler's SIGTERM call `new`, where they would have called `old`."""
+        if threading.current_thread() is threading.main_thread():    # Python's rule
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) == old:
+                    signal.signal(number, new)
+
+    def leave(self, number, frame):
+        """The scripts save at the end of the step when `leaving` is set; the same signal again ends the run at
+        once."""
+        signal.signal(number, signal.default_int_handler)
+        self.leaving = True
+        print("\ninterrupted: this step is finished and saved first; once more ends it at once", file=sys.stderr)
 
     def log(self, step, shown, **metrics):
         """One object into metrics.jsonl, one line on the screen with the metrics that `shown` names. Returns the
@@ -1915,11 +1941,15 @@ class Folder:
         row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
         self.rows.append(row)
         self.metrics.write(json.dumps(row) + "\n")
-        self.clock = self.clock or (step, time.perf_counter())       # time left is told from the second line on
-        left = int((time.perf_counter() - self.clock[1]) / max(1, step - self.clock[0]) * (self.steps - step))
         numbers = " | ".join(f"{name} {pretty(row[name])}" for name in shown.split() if name in row)
-        left = f"{left // 60}:{left % 60:02} left"
-        print(f"step {step:4}/{self.steps} | {numbers} | {memory:.1f} GB | {left}", flush=True)
+        line = f"step {step:4}/{self.steps} | {numbers} | {memory:.1f} GB"
+        if self.clock is None:                                       # time left is told from the second line on
+            self.clock = step, time.perf_counter()
+            self.heed(signal.default_int_handler, self.leave)
+        else:
+            left = int((time.perf_counter() - self.clock[1]) / (step - self.clock[0]) * (self.steps - step))
+            line += f" | {left // 60}:{left % 60:02} left"
+        print(line, flush=True)
         return self.guard and self.guard.check(row)
 
     def stop(self, model, optimizer, step, why):
@@ -1973,14 +2003,16 @@ def main(train, Config):
     """What `python script.py` does: parse, train, and end in one clear line if something was wrong with what was
     given."""
     name = os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(errors="backslashreplace")                # a log file in an old encoding has no ε
+    signal.signal(signal.SIGTERM, signal.default_int_handler)        # a scheduler's way to say Ctrl-C
     try:
         train(parse_config(Config))
     except InputError as e:
         sys.exit(f"{name}: {e}")
     except OSError as e:                                             # a full disk, a folder that went away
         sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; what was saved before stands, see --resume")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{name}: interrupted; the last checkpoint stands, the same command with --resume goes on from it")
+    except KeyboardInterrupt as e:
+        sys.exit(f"\n{name}: interrupted; {str(e) or 'what was saved before stands, see --resume'}")
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def train(cfg):
         why = out.log(step, shown, **metrics)
         if why:
             out.stop(policy, optimizer, step, why)
-        if last or step % cfg.eval_every == 0:
+        if last or out.leaving or step % cfg.eval_every == 0:
             out.save(policy, optimizer, step, reference=reference.state_dict(), critic=critic.state_dict(), unit=unit,
                      before=(before, texts_before))
 

@@ -340,7 +340,7 @@ def train(cfg):
         why = out.log(step, "loss acc margin gnorm step_s val_loss val_acc val_alike", **metrics)
         if why:
             out.stop(model, optimizer, step, why)
-        if last or step % cfg.eval_every == 0:
+        if last or out.leaving or step % cfg.eval_every == 0:
             out.save(model, optimizer, step, before=before)
 
     after, calibration = assess(model, test, cfg, device)

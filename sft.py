@@ -230,7 +230,7 @@ def train(cfg):
         why = out.log(step, "nll ent gnorm epoch tok_s val_loss val_greedy val_acc", **metrics)
         if why:
             out.stop(model, optimizer, step, why)
-        if last or step % cfg.eval_every == 0:
+        if last or out.leaving or step % cfg.eval_every == 0:
             out.save(model, optimizer, step, before=before)
 
     after, texts = report(model, tokenizer, test, cfg, device)

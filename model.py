@@ -1637,6 +1637,20 @@ class Mean:
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
+def scored(score, row, text, need=True):
+    """score(row, text), a finite number; without need, None too, for a row that does not say what is right. What else
+    it gives, or what it raises, ends in one line."""
+    try:
+        x = score(row, text)
+        if x is None and not need or hasattr(x, "__float__") and math.isfinite(x):
+            return x
+        problem = f"gave {x!r}, which is no finite number"
+    except Exception as e:
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        problem = f"raised {type(e).__name__}: {' '.join(str(e).split())} ({os.path.basename(at.filename)}:{at.lineno})"
+    raise InputError(f"score {problem}, on {row.get('at', repr(row['prompt']))} with the answer {text[:80]!r}")
+
+
 def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, watch=None):
     """How a policy does on rows with "ids" (the encoded prompt): one greedy answer each, and `samples` at temperature
     1.
@@ -1654,8 +1668,8 @@ def evaluate(model, tokenizer, rows, score, max_new, samples=8, seed=0, watch=No
     longest = max(len(row["ids"]) for row in rows) + max_new
     size = max(1, EVALUATED // (samples * longest))                  # prompts at a time
     greedy, right, ended, length, shown, watched = [], [], [], [], [], Mean()
-    known = all(score(row, "") is not None for row in rows)
-    judge = lambda row, text: known and text is not None and score(row, text) > 0
+    known = all(scored(score, row, "", need=False) is not None for row in rows)
+    judge = lambda row, text: known and text is not None and scored(score, row, text) > 0
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]
         prompts = [row["ids"] for row in chunk]

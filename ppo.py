@@ -46,8 +46,8 @@ import torch
 
 from model import (EVALUATED, Folder, Guard, InputError, Mean, Optimizers, ScalarModel, answer_number, answers, batches,
                    check, distinct, encoded, evaluate, freeze, frozen_logp, frozen_scalars, load, load_reward, main,
-                   make_first, make_optimizer, memory_plan, micro_batches, read_rows, set_blocks, set_lr, setup, split,
-                   states_number, sums, table, told, usable)
+                   make_first, make_optimizer, memory_plan, micro_batches, read_rows, scored, set_blocks, set_lr, setup,
+                   split, states_number, sums, table, told, usable)
 
 
 @dataclass
@@ -176,7 +176,7 @@ def prompts(cfg, tokenizer, context, rule=True):
     def ready(rows):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
         if rule:
-            rows = usable(rows, lambda row: score(row, "") is not None, 'no number in "answer"')
+            rows = usable(rows, lambda row: scored(score, row, "", need=False) is not None, 'no number in "answer"')
         return encoded(rows, tokenizer, cfg.max_new, context)
 
     if cfg.data:
@@ -191,7 +191,7 @@ def rewards(cfg, judge, rows, tokens, mask, texts):
     opinion alone, (B,), None where a row does not say what is right. A row for each answer; mask on the CPU, as both
     results are."""
     ended = torch.tensor([text is not None for text in texts])
-    gold = [score(row, text or "") for row, text in zip(rows, texts)]
+    gold = [scored(score, row, text or "", need=not judge) for row, text in zip(rows, texts)]
     gold = None if None in gold else torch.where(ended, torch.tensor(gold), 0.0)
     earned = frozen_scalars(judge, tokens, mask, cfg.micro_tokens)[1].cpu() if judge else gold
     if cfg.format_reward and not judge:

@@ -40,8 +40,8 @@ import torch.nn.functional as F
 
 from model import (EVALUATED, Folder, Guard, InputError, Mean, ScalarModel, answer_number, answers, batches, check,
                    encode_answer, encoded, frozen_scalars, half_interval, load, main, make_first, make_optimizer,
-                   memory_plan, micro_batches, ordered, pad_batch, read_preferences, read_rows, set_blocks, set_lr,
-                   setup, split, sums, table, usable)
+                   memory_plan, micro_batches, ordered, pad_batch, read_preferences, read_rows, scored, set_blocks,
+                   set_lr, setup, split, sums, table, usable)
 
 
 @dataclass
@@ -120,7 +120,7 @@ def score(row, text):
 
 def rank(row, texts, length, cfg, rng):
     """A person's ranks of the answers to one prompt, 0 for the best, equal ranks for ties."""
-    like = [round(score(row, text) + cfg.length_taste * n, 9) for text, n in zip(texts, length)]
+    like = [round(scored(score, row, text) + cfg.length_taste * n, 9) for text, n in zip(texts, length)]
     ranks = [sorted(set(like), reverse=True).index(x) for x in like]
     return [max(ranks) - r for r in ranks] if rng.random() < cfg.flip else ranks
 
@@ -168,7 +168,7 @@ def prompts(cfg, tokenizer, context, rule=True):
     def ready(rows):
         rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
         if rule:
-            rows = usable(rows, lambda row: score(row, "") is not None, 'no number in "answer"')
+            rows = usable(rows, lambda row: scored(score, row, "", need=False) is not None, 'no number in "answer"')
         return encoded(rows, tokenizer, cfg.max_new, context)
 
     if cfg.data:
@@ -244,7 +244,7 @@ def assess(model, rows, cfg, device):
     length, pairs, start = torch.tensor([float(sum(m)) for m in masks]), [], 0
     for p, row in enumerate(rows):
         texts, ours = row["responses"], "two_digits" in row
-        right = [score(row, text) or 0.0 for text in texts]
+        right = [scored(score, row, text, need=False) or 0.0 for text in texts]
         for w, l in ordered(range(len(texts)), row["ranks"]):
             alike = ours and ("," in texts[w]) == ("," in texts[l])
             pairs.append((p, start + w, start + l, alike, right[w] - right[l]))

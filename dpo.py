@@ -165,7 +165,7 @@ def held_out(policy, tokenizer, asked, pairs, cfg, device, samples=1):
 
 def train(cfg):
     device = setup(cfg.seed)
-    check(cfg, epochs=1, batch=1, max_new=1, eval_every=1)
+    check(cfg, epochs=1, batch=1, max_new=1, eval_every=1, grad_clip=0)
     check(cfg, lr=0, warmup=0, micro_tokens=0, beta=0, smoothing=0, nll=0)
     if cfg.smoothing >= 0.5:
         raise InputError(f"--smoothing {cfg.smoothing}: must be below 0.5, or the labels say nothing or the opposite")
@@ -237,7 +237,7 @@ def train(cfg):
     print(f"\n{len(asked_test)} held-out prompts, {len(test)} pairs, before -> after\n{table(before, after)}")
     print("before\n" + out.samples("before", asked_test, texts_before)
           + "after\n" + out.samples("after", asked_test, texts))
-    out.plot("loss val_pair_loss", "val_acc val_greedy", "reward_w reward_l", "logp_w logp_l", "val_length")
+    out.plot("loss val_pair_loss", "val_acc val_greedy", "reward_w reward_l", "logp_w logp_l", "val_length", "ent")
 
 
 if __name__ == "__main__":

@@ -180,9 +180,9 @@ def validate(policy, tokenizer, rows, cfg, judge, reference=None, samples=1):
 def train(cfg):
     device = setup(cfg.seed)
     B = cfg.prompts * cfg.group
-    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1)
+    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1, grad_clip=0)
     check(cfg, lr=0, warmup=0, micro_tokens=0, format_reward=0, ref_every=0, ref_mix=0, clip_eps=0, kl_beta=0)
-    if cfg.temperature <= 0:
+    if not cfg.temperature > 0:
         raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers to a prompt are the same")
     if B % cfg.minibatch:
         raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of --prompts x --group")

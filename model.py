@@ -1745,7 +1745,7 @@ def parse_config(Config, argv=None):
     def parsed():
         cfg = Config(**vars(parser.parse_args(argv)))
         for name in {"out", "init", "reward"} & comment.keys():
-            setattr(cfg, name, getattr(cfg, name) and os.path.normpath(getattr(cfg, name)))
+            setattr(cfg, name, getattr(cfg, name) and os.path.normpath(getattr(cfg, name)).replace(os.sep, "/"))
         return cfg
 
     cfg = parsed()
@@ -1783,8 +1783,9 @@ def script_name(Config):
 def check(cfg, **least):
     """Every setting named is at least so much: check(cfg, steps=1, group=2)."""
     for name, low in least.items():
-        if getattr(cfg, name) < low:
-            raise InputError(f"--{name} {getattr(cfg, name)}: must be at least {low}")
+        x = getattr(cfg, name)
+        if not low <= x < math.inf:                                  # nor nan
+            raise InputError(f"--{name} {x}: must be " + ("finite" if x == math.inf else f"at least {low}"))
 
 
 def setup(seed):
@@ -1898,7 +1899,7 @@ class Folder:
             raise InputError(f"--out {self.out}: a model that no run left is there; name another folder")
         elif os.path.exists(self.path("config.json")):               # nothing that an earlier run made is lost
             old = next(f"{self.out}.{i}" for i in range(1, 10_000) if not os.path.exists(f"{self.out}.{i}"))
-            os.rename(self.out, old)
+            os.replace(self.out, old)
             print(f"{self.out}: the earlier run is kept as {old}")
         os.makedirs(self.out, exist_ok=True)
         made = {"script": script_name(type(self.cfg)), "public": bool(self.tokenizer.files)}

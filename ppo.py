@@ -220,10 +220,10 @@ def validate(policy, tokenizer, rows, cfg, judge, reference=None, samples=1):
 def train(cfg):
     device = setup(cfg.seed)
     B = cfg.prompts
-    check(cfg, steps=1, prompts=1, epochs=1, minibatch=1, max_new=1, eval_every=1)
+    check(cfg, steps=1, prompts=1, epochs=1, minibatch=1, max_new=1, eval_every=1, grad_clip=0)
     check(cfg, lr=0, critic_lr=0, warmup=0, micro_tokens=0, format_reward=0, clip_eps=0, value_clip=0, kl_beta=0)
     check(cfg, gamma=0, lam=0)
-    if cfg.temperature <= 0:
+    if not cfg.temperature > 0:
         raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers to a prompt are the same")
     if cfg.gamma > 1 or cfg.lam > 1:
         raise InputError(f"--gamma {cfg.gamma} --lam {cfg.lam}: must be at most 1")
@@ -333,7 +333,7 @@ def train(cfg):
     after, texts = validate(policy, tokenizer, test, cfg, judge, reference, samples=8)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
     print("before\n" + out.samples("before", test, texts_before) + "after\n" + out.samples("after", test, texts))
-    out.plot("reward val_score", "val_acc val_greedy", "len val_length", "kl_seq", "ev")
+    out.plot("reward val_score", "val_acc val_greedy", "len val_length", "kl_seq", "ent", "ev")
 
 
 if __name__ == "__main__":

@@ -272,7 +272,7 @@ def assess(model, rows, cfg, device):
 
 def train(cfg):
     device = setup(cfg.seed)
-    check(cfg, prompts=1, answers=2, batch=1, max_new=1, eval_every=1)
+    check(cfg, prompts=1, answers=2, batch=1, max_new=1, eval_every=1, grad_clip=0)
     check(cfg, lr=0, warmup=0, weight_decay=0, micro_tokens=0, flip=0)
     if cfg.flip > 1:
         raise InputError(f"--flip {cfg.flip}: must be at most 1")

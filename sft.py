@@ -168,7 +168,7 @@ def report(model, tokenizer, rows, cfg, device, samples=8):
 
 def train(cfg):
     device = setup(cfg.seed)
-    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1)
+    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1, grad_clip=0)
     check(cfg, lr=0, muon_lr=0, weight_decay=0, warmup=0, micro_tokens=0)
 
     # data and model: all that can be wrong is found here, before the first step
@@ -236,7 +236,7 @@ def train(cfg):
     after, texts = report(model, tokenizer, test, cfg, device)
     print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
     print(out.samples("after", test, texts))
-    out.plot("nll val_loss", "val_greedy val_acc", "val_length")
+    out.plot("nll val_loss", "val_greedy val_acc", "val_length", "ent")
 
 
 if __name__ == "__main__":

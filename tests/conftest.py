@@ -1,5 +1,7 @@
-"""What the tests share: tiny models of every family, with weights large enough that a wrong logit shows."""
+"""What the tests share: tiny models of every family, with weights large enough that a wrong logit shows; and small runs of the scripts."""
+import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -47,3 +49,71 @@ PROMPTS = [[7, 8, 9], [10], [3, 4, 11, 12, 13, 14, 15], [16, 17], [3]]      # ra
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
+
+
+SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "12", "--eval_every", "5", "--batch", "8"]
+QUICK = ["--steps", "6", "--prompts", "4", "--group", "4", "--minibatch", "8", "--eval_every", "3"]
+PPO = ["--steps", "6", "--prompts", "16", "--minibatch", "8", "--eval_every", "3"]
+SHORT = ["--max_new", "6"]
+PAIRS = ["--prompts", "64", "--batch", "4", "--length_taste", "0.1", "--eval_every", "3"]                     # a taste that any answers can meet
+
+
+def script(name, *args, cwd, **kwargs):
+    return subprocess.run([sys.executable, os.path.join(ROOT, name), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=900, **kwargs)
+
+
+def metrics(folder):
+    """metrics.jsonl without what depends on the clock and the machine."""
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s") and k != "mem_gb"} for line in f]
+
+
+def equal(a, b):
+    """Nested dictionaries and lists of tensors and plain values, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+@pytest.fixture(scope="session")
+def adder(tmp_path_factory):
+    """A small policy that answers rows of its own, "3+4=", in a token or two; out/sft and rows.jsonl, in seconds."""
+    folder = tmp_path_factory.mktemp("adder")
+    rows = [{"prompt": f"{i}+{j}=", "response": str(i + j), "answer": str(i + j)} for i in range(24) for j in range(24)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = script("sft.py", *SMALL, "--steps", 300, "--batch", 16, "--eval_every", 300, "--data", "rows.jsonl", *SHORT, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge(adder):
+    """A reward model of its answers by people who like length."""
+    done = script("reward.py", *PAIRS, *SHORT, "--data", "rows.jsonl", cwd=adder)
+    assert done.returncode == 0, done.stderr
+    return adder / "out/reward"
+
+
+def arguments(name, small, adder, judge):
+    own = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
+    pairs = ["--init", adder / "out/sft", "--data", judge and judge / "preferences.jsonl", "--batch", 12, "--eval_every", 3, *SHORT]
+    return {"sft.py": SMALL, "reward.py": [*PAIRS, *own], "ppo.py": [*PPO, *own, "--reward", judge], "dpo.py": pairs,
+            "grpo.py": [*QUICK, "--init", small], "dapo.py": [*QUICK, *own]}[name]
+
+
+def quick(name, adder, judge=None):
+    """Arguments of a run of about a second, with a checkpoint at every third step; dpo.py learns from the judge's pairs."""
+    own = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
+    sft = [*SMALL, "--steps", 6, "--eval_every", 3, "--data", adder / "rows.jsonl", *SHORT]
+    here = {"sft.py": sft, "ppo.py": [*PPO, *own, "--reward", "rule"], "grpo.py": [*QUICK, *own]}
+    return here.get(name) or arguments(name, None, adder, judge)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A policy too small to be good, in a second."""
+    folder = tmp_path_factory.mktemp("small")
+    assert script("sft.py", *SMALL, cwd=folder).returncode == 0
+    return folder / "out/sft"

@@ -91,6 +91,31 @@ def test_nothing_evaluates_or_unpickles():
                 assert name != "torch.load" or "weights_only=True" in ast.unparse(node)
 
 
+def test_nothing_that_windows_or_a_mac_cannot_do():
+    """No fork, no Triton, no module, call, signal or path of POSIX alone, no rename that fails where the new name is taken, and text in UTF-8
+    whatever the system's own encoding is."""
+    for f in SCRIPTS + ["model.py"]:
+        tree = ast.parse(source(f))
+        guarded = lambda n: isinstance(n, ast.Try) and any(h.type and ast.unparse(h.type) == "ImportError" for h in n.handlers)
+        optional = {id(n) for t in filter(guarded, ast.walk(tree)) for n in ast.walk(t)}
+        for node in ast.walk(tree):
+            at, text = f"{f}:{getattr(node, 'lineno', 0)}", ast.unparse(node) if isinstance(node, (ast.Call, ast.Attribute)) else ""
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {a.name.split(".")[0] for a in node.names} | {(getattr(node, "module", None) or "").split(".")[0]}
+                absent = {"fcntl", "grp", "multiprocessing", "pwd", "resource", "select", "termios", "triton", "tty"}
+                assert not names & absent or id(node) in optional, at
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os":
+                assert node.attr not in {"rename", "fork", "kill", "killpg", "setsid", "symlink", "link", "mkfifo", "getuid", "nice", "sync"}, at
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "signal" and node.attr.startswith("SIG"):
+                assert node.attr in ("SIGINT", "SIGTERM"), at
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "open":
+                assert "encoding='utf-8'" in text or any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args[1:]), at
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("subprocess."):
+                assert "([sys.executable, " in text and not {"shell", "preexec_fn"} & {k.arg for k in node.keywords}, at
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("/tmp", "/dev/", "/proc", "/usr", "~")), at
+
+
 def test_the_layout():
     ours = {f for f in os.listdir(ROOT) if f.endswith(".py")}
     assert ours == {"model.py", *SCRIPTS}

@@ -22,9 +22,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as PublicTokenizer  # noqa: E402
 
 import model as M  # noqa: E402
-from conftest import ROOT  # noqa: E402
+from conftest import ROOT, metrics, script  # noqa: E402
 from model import GPT, GPTConfig, InputError, load, make_tokenizer  # noqa: E402
-from test_runs import metrics, script  # noqa: E402
 
 V = 640                                                               # rows of the embedding, some more than the tokenizers have ids
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -15,26 +15,9 @@ import model as M
 import grpo
 import ppo
 import reward
-from conftest import ROOT
-from model import Guard
+from conftest import PPO, QUICK, ROOT, SHORT, SMALL, arguments, metrics, script
 
 SCRIPTS = ["sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py", "dapo.py"]
-
-SMALL = ["--layers", "1", "--width", "16", "--heads", "2", "--steps", "12", "--eval_every", "5", "--batch", "8"]
-QUICK = ["--steps", "6", "--prompts", "4", "--group", "4", "--minibatch", "8", "--eval_every", "3"]
-PPO = ["--steps", "6", "--prompts", "16", "--minibatch", "8", "--eval_every", "3"]
-SHORT = ["--max_new", "6"]
-PAIRS = ["--prompts", "64", "--batch", "4", "--length_taste", "0.1", "--eval_every", "3"]                     # a taste that any answers can meet
-
-
-def script(name, *args, cwd, **kwargs):
-    return subprocess.run([sys.executable, os.path.join(ROOT, name), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=900, **kwargs)
-
-
-def metrics(folder):
-    """metrics.jsonl without what depends on the clock and the machine."""
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s") and k != "mem_gb"} for line in f]
 
 
 @pytest.fixture(scope="session")
@@ -115,40 +98,6 @@ def test_the_reward_model_of_a_default_run_is_centred_on_demonstrations_and_keep
     pairs = M.read_preferences(str(home / "out/reward/preferences.jsonl"))
     assert len(pairs) > 5000 and all(grpo.score(p, p["chosen"]) > grpo.score(p, p["rejected"]) for p in pairs)
     assert {M.part(p["prompt"]) for p in pairs} == {"train", "val", "test"}
-
-
-@pytest.fixture(scope="session")
-def adder(tmp_path_factory):
-    """A small policy that answers rows of its own, "3+4=", in a token or two; out/sft and rows.jsonl, in seconds."""
-    folder = tmp_path_factory.mktemp("adder")
-    rows = [{"prompt": f"{i}+{j}=", "response": str(i + j), "answer": str(i + j)} for i in range(24) for j in range(24)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = script("sft.py", *SMALL, "--steps", 300, "--batch", 16, "--eval_every", 300, "--data", "rows.jsonl", *SHORT, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.fixture(scope="session")
-def judge(adder):
-    """A reward model of its answers by people who like length."""
-    done = script("reward.py", *PAIRS, *SHORT, "--data", "rows.jsonl", cwd=adder)
-    assert done.returncode == 0, done.stderr
-    return adder / "out/reward"
-
-
-def arguments(name, small, adder, judge):
-    own = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
-    pairs = ["--init", adder / "out/sft", "--data", judge / "preferences.jsonl", "--batch", 12, "--eval_every", 3, *SHORT]
-    return {"sft.py": SMALL, "reward.py": [*PAIRS, *own], "ppo.py": [*PPO, *own, "--reward", judge], "dpo.py": pairs,
-            "grpo.py": [*QUICK, "--init", small], "dapo.py": [*QUICK, *own]}[name]
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A policy too small to be good, in a second."""
-    folder = tmp_path_factory.mktemp("small")
-    assert script("sft.py", *SMALL, cwd=folder).returncode == 0
-    return folder / "out/sft"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -321,148 +270,6 @@ def test_own_data_end_to_end(tmp_path):
     assert script("sft.py", *SMALL, "--data", "chat.jsonl", "--out", "chat", cwd=tmp_path).returncode == 0
 
 
-GOOD = json.dumps({"prompt": "2+2=", "response": "4", "answer": "4"}) + "\n"
-BAD = [
-    # script, arguments, content of rows.jsonl, what the one line says
-    ("sft.py", ["--data", "nowhere.jsonl"], None, "nowhere.jsonl: no such file"),
-    ("sft.py", ["--data", "rows.jsonl"], "", "rows.jsonl: the file is empty"),
-    ("sft.py", ["--data", "rows.jsonl"], GOOD * 2 + '{"prompt": \n', "rows.jsonl:3: not a JSON line"),
-    ("sft.py", ["--data", "rows.jsonl"], GOOD + "[1, 2]\n", "rows.jsonl:2: expected an object {...}, found list"),
-    ("sft.py", ["--data", "rows.jsonl"], GOOD + '{"prompt": "a"}\n', 'rows.jsonl:2: field "response" is missing; a row needs prompt, response'),
-    ("sft.py", ["--data", "rows.jsonl"], '{"prompt": 3, "response": "a"}\n', 'rows.jsonl:1: field "prompt" is int, not text'),
-    ("sft.py", ["--data", "rows.jsonl"], '{"messages": [{"role": "user"}]}\n', 'rows.jsonl:1: field "messages" must be a list'),
-    ("sft.py", ["--data", "rows.jsonl"], '{"messages": [{"role": "user", "content": "a"}]}\n', "must end with the assistant's turn, not 'user'"),
-    ("sft.py", ["--data", "rows.jsonl", "--context", "8"], json.dumps({"prompt": "a" * 9, "response": "b"}) + "\n", "longer than the context of 8 tokens"),
-    ("sft.py", ["--data", "rows.jsonl"], GOOD.replace('"4"', '" "', 1), "the response is empty"),
-    ("sft.py", ["--data", "rows.jsonl"], GOOD.replace("2+2=", "2"), "no row is left to train on"),
-    ("sft.py", ["--data", "rows.jsonl"], '{"question": null, "answer": "4"}\n', 'rows.jsonl:1: field "prompt" is missing'),
-    ("sft.py", ["--data", "rows.jsonl"], '{"question": "a"}\n', 'rows.jsonl:1: field "response" is missing'),
-    ("sft.py", ["--data", "rows.jsonl"], '{"prompt": "a", "messages": null}\n', 'rows.jsonl:1: field "messages" must be a list'),
-    ("sft.py", ["--data", "rows.jsonl"], '{"prompt": "", "response": "a"}\n', "the prompt or the response is empty"),
-    ("sft.py", ["--data", "rows.jsonl"], "[" * 100_000 + "\n", "rows.jsonl:1: not a JSON line"),
-    ("sft.py", ["--context", "8"], None, "longer than the context of 8 tokens"),
-    ("sft.py", ["--lr", "-1"], None, "--lr -1.0: must be at least 0"),
-    ("sft.py", ["--seed", "-1"], None, "--seed -1: must be from 0"),
-    ("sft.py", ["--widht", "64"], None, "unrecognized arguments: --widht 64"),
-    ("sft.py", ["--steps", "many"], None, "argument --steps: invalid int value: 'many'"),
-    ("sft.py", ["--steps", "0"], None, "--steps 0: must be at least 1"),
-    ("sft.py", ["--guard", "perhaps"], None, "argument --guard: invalid true_or_false value: 'perhaps'"),
-    ("sft.py", ["--width", "50"], None, "--width 50 --heads 3"),
-    ("sft.py", ["--tokenizer", "gpt5"], None, "tokenizer 'gpt5' is unknown: use bytes or one of"),
-    ("sft.py", ["--init", "nowhere"], None, "nowhere: no checkpoint here"),
-    ("sft.py", ["--resume"], None, "out/sft: nothing to resume"),
-    ("sft.py", ["--init", "SMALL", "--layers", "6"], None, "--layers 6: "),
-    ("sft.py", ["--init", "SMALL", "--tokenizer", "gpt2"], None, "--tokenizer gpt2: "),
-    ("sft.py", ["--chat", "yes"], None, "--chat yes: must be auto, chat or plain"),
-    ("grpo.py", ["--init", "SMALL", "--chat", "yes"], None, "--chat yes: must be auto, chat or plain"),
-    ("grpo.py", ["--init", "SMALL", "--format_reward", "-1"], None, "--format_reward -1.0: must be at least 0"),
-    ("grpo.py", ["--init", "SMALL", "--temperature", "0"], None, "--temperature 0.0: must be above 0"),
-    ("grpo.py", ["--init", "SMALL", "--group", "1"], None, "--group 1: must be at least 2"),
-    ("grpo.py", ["--init", "SMALL", "--minibatch", "100"], None, "--minibatch 100 does not divide the 256 answers"),
-    ("grpo.py", ["--init", "nowhere"], None, "nowhere: no checkpoint here"),
-    ("grpo.py", ["--init", "SMALL", "--max_new", "60"], None, "prompt + --max_new 60 exceed the context of 64 tokens"),
-    ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a"}\n', 'rows.jsonl:1: field "answer" is missing'),
-    ("grpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "answer": "b"}\n', 'no number in "answer"'),
-    ("grpo.py", ["--init", "rows.jsonl"], "x", "rows.jsonl: no checkpoint here"),
-    ("sft.py", ["--init", "JUDGE"], None, "this is a reward model, and a policy is needed here"),
-    ("grpo.py", ["--init", "JUDGE"], None, "this is a reward model, and a policy is needed here"),
-    ("grpo.py", ["--init", "SMALL", "--reward", "SMALL"], None, "this is a policy, and a reward model is needed here"),
-    ("ppo.py", ["--init", "SMALL", "--reward", "nowhere"], None, "nowhere: no checkpoint here"),
-    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--data", "rows.jsonl"], '{"prompt": "a"}\n', 'rows.jsonl:1: field "answer" is missing'),
-    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--lam", "1.5"], None, "--lam 1.5: must be at most 1"),
-    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--minibatch", "100"], None, "--minibatch 100 does not divide the 256 answers"),
-    ("ppo.py", ["--init", "SMALL", "--reward", "rule", "--temperature", "0"], None, "--temperature 0.0: must be above 0"),
-    ("reward.py", ["--init", "JUDGE"], None, "this is a reward model, and a policy is needed here"),
-    ("reward.py", ["--init", "SMALL", "--flip", "1.5"], None, "--flip 1.5: must be at most 1"),
-    ("reward.py", ["--init", "SMALL", "--answers", "1"], None, "--answers 1: must be at least 2"),
-    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b"}\n', 'rows.jsonl:1: field "rejected" is missing'),
-    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "its answers are equal, all tie or repeat"),
-    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl"], json.dumps({"prompt": "a", "chosen": "b" * 99, "rejected": "c"}) + "\n", "longer than the context of 64"),
-    ("reward.py", ["--init", "SMALL", "--data", "rows.jsonl", "--collect_only"], '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "there is nothing to collect"),
-    ("dpo.py", ["--init", "SMALL"], None, "out/reward/preferences.jsonl: no such file"),
-    ("dpo.py", ["--init", "JUDGE", "--data", "rows.jsonl"], None, "this is a reward model, and a policy is needed here"),
-    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl", "--smoothing", "0.5"], None, "--smoothing 0.5: must be below 0.5"),
-    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b"}\n', 'rows.jsonl:1: field "rejected" is missing'),
-    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], '{"prompt": "a", "chosen": "b", "rejected": "b"}\n', "its answers are equal, all tie or repeat"),
-    ("dpo.py", ["--init", "SMALL", "--data", "rows.jsonl"], json.dumps({"prompt": "a", "chosen": "b" * 99, "rejected": "c"}) + "\n", "longer than the context of 64"),
-    ("dapo.py", ["--init", "SMALL", "--tries", "0"], None, "--tries 0: must be at least 1"),
-    ("dapo.py", ["--init", "SMALL", "--clip_high", "-0.1"], None, "--clip_high -0.1: must be at least 0"),
-    ("dapo.py", ["--init", "SMALL", "--overlong_cache", "25"], None, "--overlong_cache 25: must be at most --max_new 24"),
-    ("grpo.py", ["--init", "SMALL", "--out", "rows.jsonl"], "x", "rows.jsonl: cannot write here"),
-]
-
-
-@pytest.mark.parametrize("name, args, content, says", BAD, ids=[says[:50] for *_, says in BAD])
-def test_bad_input_gets_one_clear_line_and_leaves_nothing(name, args, content, says, small, judge, tmp_path, monkeypatch):
-    """In this process, which saves a second each: what ends a script is one line, and only that would be on the screen's error side."""
-    if content is not None:
-        (tmp_path / "rows.jsonl").write_text(content)
-    there, module = set(os.listdir(tmp_path)), importlib.import_module(name[:-3])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [name] + [str({"SMALL": small, "JUDGE": judge}.get(a, a)) for a in args])
-    with pytest.raises(SystemExit) as end:
-        M.main(module.train, module.Config)
-    line = str(end.value.code)
-    assert len(line.splitlines()) == 1 and says in line and line.startswith(name), line
-    assert set(os.listdir(tmp_path)) == there
-
-
-def test_a_checkpoint_cut_short_or_of_another_program_is_refused(small, tmp_path):
-    data = (small / "ckpt.pt").read_bytes()
-    for i, content in enumerate((data[:len(data) // 2], b"", b"hello")):
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "ckpt.pt").write_bytes(content)
-        done = script("grpo.py", "--init", str(i), cwd=tmp_path)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"{i}/ckpt.pt: not a nanoPO checkpoint" in done.stderr
-
-
-def test_a_reward_model_made_for_something_else_or_gone_wrong_is_refused(small, judge, tmp_path, monkeypatch):
-    """Another tokenizer, width or context, and scores that are no numbers: one line, before the first step."""
-    policy, tokenizer = M.load(str(small))
-    model, _ = M.load(str(judge))
-    with monkeypatch.context() as patch:
-        patch.setattr(M, "load", lambda *a: (model, M.Tokenizer("gpt2", ".", {b"a": 0}, {"b": 1}, end=1)))
-        with pytest.raises(M.InputError, match="made for tokenizer gpt2, and the policy has bytes"):
-            M.load_reward("out/x", policy, tokenizer)
-    for chat, system, says in ((True, "", "made for chat False, and the policy has True"), (False, "Hm.", "made for system line , and the policy has Hm.")):
-        with pytest.raises(M.InputError, match=says):
-            M.load_reward(str(judge), policy, M.make_tokenizer(turns=chat, system=system))
-    other = lambda **more: M.ScalarModel(M.GPT(dataclasses.replace(model.trunk.cfg, mlp_width=0, head_dim=0, **more)))
-    sick, _ = M.load(str(judge))
-    sick.head.bias.data.fill_(float("nan"))
-    for says, model in (("made for width 32", other(width=32)), ("made for context 128", other(context=128)), ("weights are not finite", sick)):
-        M.save(str(tmp_path), model, tokenizer)
-        for name, args in (("ppo.py", PPO), ("grpo.py", QUICK)):
-            done = script(name, *args, "--init", small, "--reward", ".", "--out", "out", cwd=tmp_path)
-            assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
-            assert not (tmp_path / "out").exists()
-
-
-def test_a_resume_that_is_refused_destroys_nothing(tmp_path):
-    """Another shape, other optimisers, another script's folder: one line each, and the plain --resume still works."""
-    assert script("sft.py", *SMALL, "--out", "out", cwd=tmp_path).returncode == 0
-    files = {f: (tmp_path / "out" / f).read_bytes() for f in ("config.json", "metrics.jsonl", "ckpt.pt")}
-    for name, more, says in (("sft.py", ["--width", "32"], "another shape"), ("sft.py", ["--muon_lr", "0"], "another choice of optimisers"),
-                             ("grpo.py", [], "this is a run of SFT, not of GRPO")):
-        done = script(name, "--out", "out", "--resume", *more, cwd=tmp_path)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
-        assert files == {f: (tmp_path / "out" / f).read_bytes() for f in files}
-    os.rename(tmp_path / "out", tmp_path / "moved")
-    done = script("sft.py", "--out", "moved", "--resume", "--steps", "14", cwd=tmp_path)
-    assert done.returncode == 0 and metrics(tmp_path / "moved")[-1]["step"] == 14 and not (tmp_path / "out").exists()
-
-
-def test_no_space_to_write_ends_in_one_line_and_keeps_the_last_checkpoint(small, tmp_path):
-    """A limit on the size of files stands for the full disk."""
-    resource = pytest.importorskip("resource")
-    assert script("grpo.py", *QUICK, "--init", small, "--out", "out", cwd=tmp_path).returncode == 0
-    before = (tmp_path / "out/ckpt.pt").read_bytes()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-    done = script("grpo.py", "--out", "out", "--resume", "--steps", "9", cwd=tmp_path, preexec_fn=limit)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "could not be written" in done.stderr, done.stderr
-    assert (tmp_path / "out/ckpt.pt").read_bytes() == before and not (tmp_path / "out/ckpt.pt.tmp").exists()
-
-
 def test_a_run_that_goes_wrong_is_stopped_and_the_good_checkpoint_stays(home, tmp_path):
     """A good start, then a rate that throws the weights to infinity: one line, and the checkpoint is the one of before."""
     assert script("grpo.py", *QUICK, "--init", home / "out/sft", "--out", "out", cwd=tmp_path).returncode == 0
@@ -470,29 +277,6 @@ def test_a_run_that_goes_wrong_is_stopped_and_the_good_checkpoint_stays(home, tm
     done = script("grpo.py", "--out", "out", "--resume", "--steps", "40", "--lr", "1e30", "--eval_every", "40", cwd=tmp_path)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "stopped by the guard at step" in done.stderr, done.stderr
     assert (tmp_path / "out/ckpt.pt").read_bytes() == before and (tmp_path / "out/stopped.pt").exists()
-
-
-@pytest.mark.parametrize("stream, rule", [
-    ([{"loss": 1.0}] * 3 + [{"loss": float("nan")}], "loss is nan"),
-    ([{"gnorm": float("inf")}], "gnorm is inf"),
-    ([{"kl_seq": 11.0}] * 5, "KL to the reference above 10"),
-    ([{"end": 0.01}] * 5, "fewer than 5% of answers end"),
-    ([{"solved": 0.0}] * 50, "no answer of any group was right"),
-    ([{"val_acc": .5, "val_score": 0.0}, {"val_acc": .7, "val_score": 1.0}, {"val_acc": .6, "val_score": 1.5}, {"reward": 1.0}, {"val_acc": .5, "val_score": 2.0}],
-     "the reward model's score rose from 1.00 to 2.00 while held-out accuracy fell from 0.700 to 0.500"),
-    ([{"val_acc": .7, "val_score": 1.0}] + [{"val_acc": .66, "val_score": 2.0}] * 9, None),          # within two standard errors
-    ([{"val_acc": .7, "val_score": 1.0}] + [{"val_acc": .2, "val_score": 0.5}] * 9, None),           # both fell: another illness
-    ([{"val_acc": .7, "val_score": 1.0}] + [{"val_acc": .5, "val_score": 2.0}, {"val_acc": .7, "val_score": 2.0}] * 4, None),
-    ([{"kl_seq": 11.0}] * 4 + [{"kl_seq": 9.0}] + [{"kl_seq": 11.0}] * 4, None),
-    ([{"solved": 0.0}] * 49 + [{"solved": 0.1}] + [{"solved": 0.0}] * 49, None),
-    ([{"solved": 0.0, "dead": 0.9}] * 100, None),                        # nothing right, but a reward model or a cut answer makes a difference
-    ([{"loss": 1.0, "kl_seq": 1.0, "end": 1.0, "solved": 0.5}] * 100, None),
-])
-def test_each_rule_of_the_guard(stream, rule):
-    guard = Guard(max_kl=10.0, val=500)
-    verdicts = [guard.check(m) for m in stream]
-    assert not any(verdicts[:-1])
-    assert (verdicts[-1] is None) if rule is None else rule in verdicts[-1]
 
 
 def test_a_public_model_and_what_was_made_from_one_have_defaults_of_their_own(tmp_path, capsys):

@@ -412,8 +412,10 @@ def bench_trl():
 
             forms = {form: lambda form=form, f=f[name]: run(form, f) for form, f in zip(said, (ours, theirs, compact))}
             s = interleave(forms, repeats=3)
-            for form in forms:                                            # losses and gradient norms of the first updates
-                torch.testing.assert_close(torch.tensor(said[form][0]), torch.tensor(said["ours"][0]), rtol=1e-3, atol=1e-6)
+            for form in forms:      # losses and gradient norms of the first updates; in float64 ragged GRPO's first norm is 5.873367, here
+                #                     5.873367 too and in TRL, which pads on the left, 5.8759: for it 5e-3 instead of 1e-3
+                rtol = 5e-3 if (name, case) == ("GRPO", "ragged") else 1e-3
+                torch.testing.assert_close(torch.tensor(said[form][0]), torch.tensor(said["ours"][0]), rtol=rtol, atol=1e-6)
                 ratio = f"ours is {s[form][0] / s['ours'][0]:.1f}x" if form != "ours" else ""
                 line(f"{name} step, {case}, {form}", s[form][0], "s", f"{ratio} ({s[form][1]:.2f}-{s[form][2]:.2f})")
 

@@ -124,7 +124,7 @@ class KVCache:
     longest answer between them. Within a block no shape and no address changes, so that a GPU can replay a step.
     """
 
-    BLOCK = {"cpu": 32, "cuda": 64, "mps": 64}                           # columns
+    BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}                           # columns
 
     def __init__(self, layers):
         self.layers, self.bias = [None] * layers, None
@@ -138,7 +138,7 @@ class KVCache:
         keys.index_copy_(2, self.at, k)
         values.index_copy_(2, self.at, v)
         grouped = q.view(len(q), keys.size(1), -1, q.size(3))              # the H/K heads that share a key are its rows
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.bias).view(q.shape)
+        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.bias).reshape(q.shape)
 
     def prefilled(self, length, group):
         """After the prefill: every row `group` times, and only the prompts are seen. length (B,)."""
@@ -193,7 +193,8 @@ class Attention(nn.Module):
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
         if rope:
             qk = rotate(qk, *rope)                              # queries and keys at once: half the small operations
-        q, k, v = (x.transpose(1, 2) for x in (*qk.split((H, K), dim=2), v))          # (B, H, T, D), (B, K, T, D) twice
+        q, k = qk.to(v.dtype).split((H, K), dim=2)                                # under bf16 a norm hands out float32
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)             # (B, H, T, D), (B, K, T, D) twice
         y = causal_attention(q, k, v) if cache is None else cache.attend(self.layer, q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, -1))                                 # (B, T, C)
 
@@ -333,18 +334,25 @@ def sample(p, generator=None):
     return torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0].clamp_(max=p.size(1) - 1)
 
 
+@functools.cache
+def side_stream():
+    """One for all captures: each stream that multiplies keeps a workspace for good. Never two graphs at a time on
+    it."""
+    return torch.cuda.Stream()
+
+
 def replayed(step, device):
     """`step`, a function of tensors that stay where they are, as a CUDA graph: one launch for some hundreds. The first
-    call is outside of the graph, since autocast casts weights there and libraries allocate. Elsewhere itself."""
+    call is outside of the graph, since libraries allocate there. Elsewhere itself."""
     if device.type != "cuda":
         return step
-    side = torch.cuda.Stream()
+    side = side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         out = step()
 
     def replay():
@@ -440,7 +448,8 @@ class GPT(nn.Module):
         tokens = torch.tensor([list(p) + [pad] * (P - len(p)) for p in prompts])             # (B, P)
         stop, (every, share) = stop.to(device), LOOK[device.type]
 
-        with torch.inference_mode(), autocast(device):        # around the loop: weights are cast to bf16 once a rollout
+        # around the loop, autocast casts each weight once a rollout; in inference mode it would cast at every token
+        with autocast(device) if device.type in BF16 else torch.inference_mode():
             cache = KVCache(self.cfg.layers)
             last = (torch.arange(len(prompts)) * P + length - 1).to(device)
             hidden = self(tokens.to(device), cache=cache).flatten(0, 1)[last]             # (B, C), each prompt run once
@@ -1794,6 +1803,8 @@ def setup(seed):
         raise InputError(f"--seed {seed}: must be from 0 to 2**32 - 1")
     torch.manual_seed(seed)
     kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)                # it plans anew for every shape, and ours keep changing
     return torch.device(kind)
 
 

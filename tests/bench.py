@@ -505,6 +505,7 @@ def bench_cuda(device=torch.device("cuda"), shapes=GPUS, batches=(64, 128, 256, 
     """What the GPU can do, and how near to it sampling and training come: bytes that a decoding step must read over the speed of a copy,
     and multiplications of an update over the rate of a large product in bf16. Random weights, equal lengths: no answer ends early."""
     P, new = lengths
+    M.setup(0)
     source = torch.empty(size * size, device=device)
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     copied = 2 * source.numel() * 4 / seconds(lambda: source.clone(), device)                       # bytes a second, read and written
@@ -527,6 +528,7 @@ def bench_cuda(device=torch.device("cuda"), shapes=GPUS, batches=(64, 128, 256, 
             for form in forms:
                 note = f"{rate[form] / limit:.2f} of the limit, ours is {rate['ours'] / rate[form]:.1f}x"
                 line(f"generate, {name}, {N} answers, {form}", rate[form], "tok/s", note)
+        del forms                                                         # and the peer's weights with it
         tokens = torch.randint(0, cfg.vocab, (32, P + new), device=device)
         mask = (torch.arange(P + new) >= P).float().expand(32, -1)
         old, adv, held = torch.zeros(32, P + new, device=device), torch.randn(32, device=device), mask.to(device)
@@ -543,6 +545,8 @@ def bench_cuda(device=torch.device("cuda"), shapes=GPUS, batches=(64, 128, 256, 
 
         for compiled in (False, True):
             M.set_blocks(model, False, compiled)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             took = seconds(update, device)
             peak = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if device.type == "cuda" else ""
             label = f"GRPO update, {name}, {'compiled' if compiled else 'eager'}"

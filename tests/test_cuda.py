@@ -15,7 +15,7 @@ PROMPTS = [list(range(40, 40 + n)) for n in (3, 9, 17, 30)]
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
+    M.setup(0)
     model = GPT(GPTConfig(vocab=512, context=256, layers=3, width=128, heads=4, kv_heads=2, stop=tuple(range(24))))
     for p in model.parameters():
         if p.dim() == 2:

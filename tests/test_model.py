@@ -168,6 +168,26 @@ def test_rows_that_finished_may_stay_a_while(monkeypatch):
     assert not any(ended) and mask.sum(1).max() > 8 and (tokens[mask == 0].view(-1) >= 0).all()
 
 
+def test_a_rollout_casts_every_weight_once(monkeypatch):
+    """To bf16, on a CPU that is told to. Autocast keeps its casts for the time of a block; not in inference mode, nor when blocks are entered
+    one by one."""
+    monkeypatch.setattr(M, "BF16", {"cpu"})
+    model = tiny("qwen3", torch.float32)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+
+    class Casts(TorchDispatchMode):
+        seen = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                self.seen.append(args[0].data_ptr())
+            return func(*args, **(kwargs or {}))
+
+    with Casts() as casts:
+        mask = model.generate(PROMPTS, 2, 12, stop=[23])[1]
+    assert mask.sum() == len(PROMPTS) * 2 * 12 and [casts.seen.count(p.data_ptr()) for p in matrices] == [1] * len(matrices)
+
+
 def test_a_decoding_step_can_be_replayed(family, monkeypatch):
     """What a CUDA graph needs, held on any device: between two captures a step's tensors stay where they are, it may run twice before it
     counts (once to warm up), and it leaves its result in one place. Blocks of 3 columns and dropped rows: many captures."""

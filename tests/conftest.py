@@ -1,6 +1,8 @@
 """What the tests share: tiny models of every family, with weights large enough that a wrong logit shows; and small runs of the scripts."""
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+import model as M  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 FAMILIES = {
@@ -77,6 +80,14 @@ def equal(a, b):
     return len(a) == len(b) and all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """A job in the background ignores Ctrl-C, and so would the runs that it starts."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
 @pytest.fixture(scope="session")
 def adder(tmp_path_factory):
     """A small policy that answers rows of its own, "3+4=", in a token or two; out/sft and rows.jsonl, in seconds."""
@@ -96,19 +107,13 @@ def judge(adder):
     return adder / "out/reward"
 
 
-def arguments(name, small, adder, judge):
-    own = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
-    pairs = ["--init", adder / "out/sft", "--data", judge and judge / "preferences.jsonl", "--batch", 12, "--eval_every", 3, *SHORT]
-    return {"sft.py": SMALL, "reward.py": [*PAIRS, *own], "ppo.py": [*PPO, *own, "--reward", judge], "dpo.py": pairs,
-            "grpo.py": [*QUICK, "--init", small], "dapo.py": [*QUICK, *own]}[name]
-
-
 def quick(name, adder, judge=None):
     """Arguments of a run of about a second, with a checkpoint at every third step; dpo.py learns from the judge's pairs."""
     own = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
+    pairs = ["--init", adder / "out/sft", "--data", judge and judge / "preferences.jsonl", "--batch", 12, "--eval_every", 3, *SHORT]
     sft = [*SMALL, "--steps", 6, "--eval_every", 3, "--data", adder / "rows.jsonl", *SHORT]
-    here = {"sft.py": sft, "ppo.py": [*PPO, *own, "--reward", "rule"], "grpo.py": [*QUICK, *own]}
-    return here.get(name) or arguments(name, None, adder, judge)
+    return {"sft.py": sft, "reward.py": [*PAIRS, *own], "ppo.py": [*PPO, *own, "--reward", "rule"], "dpo.py": pairs,
+            "grpo.py": [*QUICK, *own], "dapo.py": [*QUICK, *own]}[name]
 
 
 @pytest.fixture(scope="session")
@@ -117,3 +122,23 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     assert script("sft.py", *SMALL, cwd=folder).returncode == 0
     return folder / "out/sft"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A script in this process, which saves seconds: None, or the one line that ended it."""
+    def run(name, *args):
+        module = importlib.import_module(name[:-3])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        try:
+            M.main(module.train, module.Config)
+        except SystemExit as end:
+            line = str(end.code).strip()
+            assert len(line.splitlines()) == 1 and line.startswith(f"{name}: "), line
+            return line
+
+    monkeypatch.chdir(tmp_path)
+    ours = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield run
+    for number, handler in ours:
+        signal.signal(number, handler)

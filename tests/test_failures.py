@@ -8,7 +8,6 @@ import ntpath
 import os
 import random
 import signal
-import sys
 
 import pytest
 import torch
@@ -19,26 +18,6 @@ from conftest import PPO, QUICK, equal, metrics, quick, script, tiny
 from model import Guard, InputError, load, make_tokenizer, save
 
 SCRIPTS = ["sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py", "dapo.py"]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A script in this process, which saves seconds: None, or the one line that ended it."""
-    def run(name, *args):
-        module = importlib.import_module(name[:-3])
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        try:
-            M.main(module.train, module.Config)
-        except SystemExit as end:
-            line = str(end.code).strip()
-            assert len(line.splitlines()) == 1 and line.startswith(f"{name}: "), line
-            return line
-
-    monkeypatch.chdir(tmp_path)
-    ours = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    yield run
-    for number, handler in ours:
-        signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------------------------------------- bad input

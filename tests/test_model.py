@@ -249,8 +249,8 @@ def test_where_torch_compile_does_not_work_the_run_goes_on(monkeypatch, capsys):
 
 def test_what_was_sampled_can_be_trained_on():
     """Sampling runs in inference mode; neither its results nor the rotary table that it may have made carry that further."""
-    M.rope_table.cache_clear()
     model = tiny()
+    M.rope_table.cache_clear()
     tokens, mask, logp = model.generate(PROMPTS, 2, 5)
     assert not any(x.is_inference() for x in (tokens, mask, logp))
     ((model.token_logp(tokens, mask)[0] - logp) * mask).sum().backward()

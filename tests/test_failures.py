@@ -346,8 +346,7 @@ def test_no_space_to_write_ends_in_one_line_and_keeps_the_last_checkpoint(adder,
 # ------------------------------------------------------------------------------------------- gradients and rewards gone wrong
 
 
-@pytest.mark.parametrize("every", [3, 1], ids=["between evaluations", "before one"])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name, every", [(name, 3) for name in SCRIPTS] + [("grpo.py", 1)])        # between evaluations, and before one
 def test_a_gradient_that_is_nan_stops_the_run_and_the_checkpoint_before_it_goes_on(name, every, adder, judge, run, tmp_path, monkeypatch):
     args = [*quick(name, adder, judge), "--eval_every", every]
     assert run(name, *args, "--out", "whole") is None
@@ -374,20 +373,22 @@ def raises(*_):
     raise ValueError("no number\nin it")
 
 
-@pytest.mark.parametrize("name", ["sft.py", "ppo.py", "dpo.py", "grpo.py", "dapo.py"])
-@pytest.mark.parametrize("score, says", [
-    (raises, "score raised ValueError: no number in it (test_failures.py:"),
-    (lambda *_: math.nan, "score gave nan, which is no finite number"),
-    (lambda *_: math.inf, "score gave inf, which is no finite number"),
-    (lambda *_: "1.0", "score gave '1.0', which is no finite number"),
-    (lambda *_: None, "score gave None, which is no finite number"),
-    (lambda *_: [1.0], "score gave [1.0], which is no finite number"),
-    (lambda *_: torch.ones(2), "score raised "),
-    (lambda row, text: row["gold"], "score raised KeyError: 'gold'"),
-], ids=["raises", "nan", "inf", "text", "None", "list", "tensor", "KeyError"])
-def test_a_reward_function_that_goes_wrong_is_told_with_its_row_and_the_checkpoint_stays(name, score, says, adder, judge, run, monkeypatch):
+WRONG = {
+    "raises": (raises, "score raised ValueError: no number in it (test_failures.py:"),
+    "nan": (lambda *_: math.nan, "score gave nan, which is no finite number"),
+    "inf": (lambda *_: math.inf, "score gave inf, which is no finite number"),
+    "text": (lambda *_: "1.0", "score gave '1.0', which is no finite number"),
+    "None": (lambda *_: None, "score gave None, which is no finite number"),
+    "list": (lambda *_: [1.0], "score gave [1.0], which is no finite number"),
+    "tensor": (lambda *_: torch.ones(2), "score raised "),
+    "KeyError": (lambda row, text: row["gold"], "score raised KeyError: 'gold'"),
+}
+
+
+@pytest.mark.parametrize("name, how", [("grpo.py", how) for how in WRONG] + [(name, "raises") for name in SCRIPTS if name not in ("grpo.py", "reward.py")])
+def test_a_reward_function_that_goes_wrong_is_told_with_its_row_and_the_checkpoint_stays(name, how, adder, judge, run, monkeypatch):
     """Wrong from the first checkpoint on; sft.py and dpo.py only evaluate by it."""
-    module = importlib.import_module(name[:-3])
+    module, (score, says) = importlib.import_module(name[:-3]), WRONG[how]
     good = module.score
     monkeypatch.setattr(module, "score", lambda row, text: score(row, text) if os.path.exists("out/ckpt.pt") and text else good(row, text))
     line = run(name, *quick(name, adder, judge), "--out", "out")
@@ -404,8 +405,7 @@ def test_people_who_rank_by_a_score_that_goes_wrong_are_told(adder, run, monkeyp
 # ----------------------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name, twice", [(name, False) for name in SCRIPTS] + [("sft.py", True), ("grpo.py", True)])
 def test_ctrl_c_saves_the_step_and_a_second_one_leaves_the_checkpoint_before_it(name, twice, adder, judge, run, monkeypatch, capsys):
     """After the log line of step 4, with a checkpoint at step 3; the second one comes in the middle of the write."""
     assert run(name, *quick(name, adder, judge), "--out", "whole") is None

@@ -220,6 +220,7 @@ def test_a_decoding_step_can_be_replayed(family, monkeypatch):
     assert len(captures) > 3 and max(captures) > 1 and 0 not in captures
 
 
+@pytest.mark.parametrize("family", ("gpt2", "qwen3"))
 def test_compiled_blocks_give_the_same_gradients_and_sampling_leaves_them_alone(family, monkeypatch):
     """All that torch.compile does but the last step, its C++ or Triton code: that needs a compiler."""
     torch._dynamo.reset()

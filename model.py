@@ -1551,7 +1551,8 @@ def memory_plan(device, optimizer, models, frozen=(), budget=0, rollout=0):
                            for part in optimizer.parts for group in part.param_groups for p in group["params"]),
             "frozen": sum(size(x) for x in frozen if x), "bf16 copies": size(models[0]) // 2 if e == 2 else 0,
             "cache": max(rollout, EVALUATED) * 2 * cfg.layers * K * D * e,
-            "activations": budget * kept, "logits": 2 * 4 * LinearLogp.TILE[device.type] + cfg.vocab * C * (4 + (e == 2) * 2)}
+            "activations": budget * kept,
+            "logits": 2 * 4 * LinearLogp.TILE[device.type] + cfg.vocab * C * (4 + (e == 2) * 2)}
     most = sum(plan.values()) - min(plan["cache"], plan["activations"])
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     unit, scale = ("GiB", 2 ** 30) if most > 2 ** 30 else ("MiB", 2 ** 20)

@@ -309,18 +309,20 @@ def our_dpo(model, tokens, mask, ref):
     stats.read()
 
 
+def grpo_losses(model, tokens, mask, adv, old_logp, ref_logp, i, stats):
+    """The pieces of an optimiser step of grpo.py on rows i."""
+    for j, t, at in micro_batches(mask, i, 0, tokens.device):
+        logp, entropy = model.token_logp(tokens[j, :t], None, 1.0, at)
+        loss, found = grpo.grpo_loss(logp, old_logp[j, :t], ref_logp[j, :t], adv[j], mask[j, :t], 0.2, BETA, len(i))
+        stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
+        yield loss
+
+
 def our_grpo(model, reference, optimizer, tokens, mask, reward):
     """grpo.py from the sampled answers on, two updates: old and reference log-probs once for both."""
     ref_logp, old_logp = (frozen_logp(x, tokens, mask, 1.0, 0)[0] for x in (reference, model))
     adv, stats = grpo.group_advantage(reward, GROUP), Mean()
-
-    def losses(i):
-        for j, t, at in micro_batches(mask, i, 0, tokens.device):
-            logp, entropy = model.token_logp(tokens[j, :t], None, 1.0, at)
-            loss, found = grpo.grpo_loss(logp, old_logp[j, :t], ref_logp[j, :t], adv[j], mask[j, :t], 0.2, BETA, len(i))
-            stats.add(found | {"ent": entropy.sum() / len(at)}, len(at))
-            yield loss
-
+    losses = lambda i: grpo_losses(model, tokens, mask, adv, old_logp, ref_logp, i, stats)
     told = [descend(model, optimizer, losses(i)) for i in torch.randperm(len(tokens)).split(len(tokens) // 2)]
     stats.read()
     return told
@@ -436,12 +438,7 @@ def cost(prompts, length, group, vocab, width, layers=4):
     optimizer, asked = make_optimizer(model, 1e-4), torch.randint(0, vocab, (prompts, length)).tolist()
 
     def update(tokens, mask, old):
-        adv = torch.randn(len(tokens))
-        optimizer.zero_grad()
-        for j, t, at in micro_batches(mask, torch.arange(len(tokens)), 0, tokens.device):
-            logp, _ = model.token_logp(tokens[j, :t], None, 1.0, at)
-            grpo.grpo_loss(logp, old[j, :t], old[j, :t], adv[j], mask[j, :t], 0.2, 0.02, len(tokens))[0].backward()
-        optimizer.step()
+        descend(model, optimizer, grpo_losses(model, tokens, mask, torch.randn(len(tokens)), old, old, torch.arange(len(tokens)), Mean()))
 
     small = model.generate(asked[:1], 2, 8, stop=[vocab])                        # warm-up
     update(*small)

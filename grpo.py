@@ -1,27 +1,28 @@
 """
-GRPO: Group Relative Policy Optimization (Shao et al. 2024, DeepSeekMath, arXiv 2402.03300, section 4.1).
+GRPO: Group Relative Policy Optimization (Shao et al. 2024, DeepSeekMath, arXiv 2402.03300, §4.1).
 
-PPO without the critic: sample G answers to one prompt and let their mean reward be the baseline.
+PPO without the critic: sample G responses to a prompt, and their mean reward is the baseline.
 
-    maximise  J(θ) = E  1/G Σ_i 1/|o_i| Σ_t { min(r_it Â_i, clip(r_it, 1-ε, 1+ε) Â_i) - β D_it }             (Eq. 3)
+    J(θ) = E 1/G Σ_i 1/|o_i| Σ_t { min(r_it Â_i, clip(r_it, 1-ε, 1+ε) Â_i) - β D_it }     (Eq. 3)
 
-              r_it = π_θ(o_it | q, o_i,<t) / π_old(o_it | q, o_i,<t)
-              Â_i  = (R_i - mean(R_1 .. R_G)) / std(R_1 .. R_G),  the same for every token of o_i             (§4.1.2)
-              D_it = π_ref/π_θ - log(π_ref/π_θ) - 1,  whose mean over samples of π_θ is KL(π_θ ‖ π_ref)       (Eq. 4)
+    r_it = π_θ(o_it | q, o_i,<t) / π_old(o_it | q, o_i,<t)
+    Â_i  = (R_i - mean(R_1 .. R_G)) / std(R_1 .. R_G), the same for every token of o_i     (§4.1.2)
+    D_it = π_ref/π_θ - log(π_ref/π_θ) - 1, whose mean over π_θ is KL(π_θ ‖ π_ref)          (Eq. 4)
 
-    paper   θ       q       o_i                π_old     π_ref     r_it   Â_i  R_i     ε         β        G
-    here    policy  prompt  tokens[mask == 1]  old_logp  ref_logp  ratio  adv  reward  clip_eps  kl_beta  group
+    paper  θ       o_i                π_old     π_ref     r_it   Â_i  R_i     ε         β
+    here   policy  tokens[mask == 1]  old_logp  ref_logp  ratio  adv  reward  clip_eps  kl_beta
 
-What the paper leaves open, and what is done here: std divides by G - 1 and has 1e-4 added, and a group of equal rewards
-has advantage exactly 0. The reward is a rule, and there is no outer loop that retrains a reward model. The price D sits
-inside the loss as in the paper; there its value is that of KL(π_θ ‖ π_ref), but its gradient is that of KL(π_ref ‖ π_θ)
-(tests/test_grpo.py shows both). 1/|o_i| and std make the gradient a biased one of the mean reward; the tests say by how
-much. Temperature divides the logits everywhere, so π is the distribution that was sampled from.
+What the paper leaves open or does otherwise:
 
-Run:     python grpo.py                under a minute on two CPU cores; out/sft is made first if missing -> out/grpo
-Yours:   python grpo.py --init out/mine --data rows.jsonl --max_new 300     {"prompt", "answer"}, or GSM8K's own file
-         python grpo.py --init Qwen2.5-0.5B-Instruct --data rows.jsonl       a public model (README, Public models)
-Ablate:  --kl_beta 0     --group 2     --epochs 4     --temperature 0.7
+    1. std divides by G - 1 and has 1e-4 added; a group of equal rewards has advantage exactly 0.
+    2. The reward is a rule, or a fixed reward model; no outer loop retrains it.
+    3. D has the value of KL(π_θ ‖ π_ref), but the gradient of KL(π_ref ‖ π_θ). 1/|o_i| and std bias
+       the gradient of the mean reward. tests/test_grpo.py proves both.
+    4. Temperature divides the logits everywhere, so π is the distribution that was sampled from.
+
+Run:     python grpo.py                                      -> out/grpo, from out/sft
+Yours:   python grpo.py --data rows.jsonl --init Qwen2.5-0.5B    {"prompt", "answer"}, or GSM8K's
+Ablate:  --kl_beta 0     --group_size 2     --epochs 4     --temperature 0.7
 """
 import copy
 import time
@@ -29,254 +30,214 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (Folder, Guard, InputError, Mean, answer_number, answers, batches, check, distinct, encoded, evaluate,
-                   freeze, frozen_logp, frozen_scalars, load, load_reward, main, make_first, make_optimizer,
-                   memory_plan, micro_batches, read_rows, scored, set_blocks, set_lr, setup, split, states_number, sums,
-                   table, told, usable)
+from common.data import load_prompts
+from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
+from common.models import load_policy, load_reward_model, setup
+from common.run import Run, main, prefixed
+from common.tokenizer import decode_responses
+from common.train import (batches, compute_logp, compute_reward, estimate_memory, freeze,
+                          make_optimizer, micro_batches, set_lr)
+from common.verifier import answer_number
+from model import autocast
 
 
 @dataclass
 class Config:
     # data
-    data: str = ""                # JSON lines to learn from; "" is the built-in task
-    test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = "out/sft"         # folder of the policy to start from, and reference: a checkpoint, or a public model
-    reward: str = "rule"          # "rule", the function `score` below, or the folder of a reward model
+    data: str = ""                # JSON lines to train on; "" is the built-in task
+    test: str = ""                # JSON lines to report on; "": a twentieth of --data
+    init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
+    reward: str = "rule"          # "rule", the function `score` below, or a reward model's folder
     out: str = "out/grpo"         # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
-    system: str = ""              # system line of a chat that has none; "" keeps that of --init
-    seed: int = 0                 # of the order of the data and the sampling
-    resume: bool = False          # go on with the run in --out
+    chat: str = "auto"           # prompts are a user's turns ("chat"), text ("plain"), as in --init
+    system: str = ""              # system message of chats that have none; "": that of --init
+    seed: int = 0                 # of the order of the data and of sampling
+    resume: bool = False          # continue the run in --out
     # rollout
     prompts: int = 32             # prompts in a rollout
-    group: int = 8                # G, answers to each; their mean reward is the baseline
-    max_new: int = 24             # longest answer in tokens; one that has not ended by then is cut
+    group_size: int = 8           # G, responses per prompt; their mean reward is the baseline
+    max_new_tokens: int = 24      # longest response; one that has not ended by then is truncated
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    no_end_reward: float = 0.0    # reward of an answer that was cut, or the rollout's worst score if that is lower
-    format_reward: float = 0.0    # earned besides, under the rule, by an answer that says where its number is
+    truncated_reward: float = 0.0 # reward of truncated responses, or the rollout's lowest, if lower
+    format_reward: float = 0.0  # added by the rule where a response states its number, marked, once
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
-    kl_beta: float = 0.02         # β, price of leaving the reference; 0 leaves the policy free
-    ref_every: int = 0         # rollouts between refreshes of the reference, ref <- a policy + (1 - a) ref; 0: it stays
-    ref_mix: float = 0.6          # a, the policy's share in a refresh
+    kl_beta: float = 0.02         # β, weight of the KL penalty; 0: none
+    ref_every: int = 0            # rollouts between ref <- a policy + (1 - a) ref; 0: it stays
+    ref_mix: float = 0.6          # a, the policy's share in such an update
     # optimisation
     steps: int = 50               # rollouts
     epochs: int = 1               # passes over each rollout
-    minibatch: int = 64           # answers in an optimiser step; divides prompts * group
-    micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
-    recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
-    compile: bool = False         # torch.compile the blocks, where that works: a slow start, faster updates
-    lr: float = 1.5e-4            # peak rate of AdamW; for a real pretrained model 1e-6
-    warmup: int = 3               # rollouts of linear warm-up, before half a cosine down to a tenth
+    minibatch: int = 64           # responses in an optimiser step; divides prompts * group_size
+    micro_batch_tokens: int = 0   # tokens in one forward, changes no gradient; 0: by device
+    gradient_checkpointing: bool = False  # recompute blocks in backward: slower, less memory
+    compile: bool = False         # torch.compile the blocks: a slow start, faster updates
+    lr: float = 1.5e-4            # peak rate of AdamW; for a pretrained model 1e-6
+    warmup: int = 3               # rollouts of linear warm-up, then half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
-    # watching
-    eval_every: int = 10          # rollouts between evaluations on validation prompts, and between checkpoints
-    max_kl: float = 50.0          # the guard's limit for the KL to the reference, nats an answer
-    guard: bool = True            # stop a run that has gone wrong, and say why
+    # evaluation
+    eval_every: int = 10          # rollouts between evaluations, and between checkpoints
+    max_kl: float = 50.0          # early stopping: largest KL to the reference, nats per response
+    early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
-# defaults where --init is a public model, or a checkpoint that was made from one
-PUBLIC = dict(max_new=512, format_reward=0.1, steps=200, lr=1e-6, warmup=10, eval_every=20, recompute=True)
+# defaults where --init is a Hugging Face folder, or a checkpoint that began as one
+PRETRAINED = dict(
+    max_new_tokens=512, format_reward=0.1, steps=200, lr=1e-6, warmup=10, eval_every=20,
+    gradient_checkpointing=True)
+COLUMNS = ("reward accuracy frac_zero_std length eos_rate entropy clip_high grad_norm tok_s "
+           "kl val_greedy val_accuracy")
 
 
-# -------------------------------------------------------------------------------------------------------- the algorithm
+# ------------------------------------------------------------------------------------ the algorithm
+# To use it elsewhere copy from here to "the reward": pure functions of tensors, torch alone.
+# experiments/grpo_on_transformers.py is such a copy of GRPO.
 
 
-def group_advantage(reward, group):
-    """Â of §4.1.2. reward (B,), the `group` answers of one prompt adjacent -> adv (B,); a group of equal rewards gets
-    exactly 0."""
-    r = reward.view(-1, group)
+def group_advantage(reward, group_size):
+    """Â of §4.1.2. reward (B,), the responses of one prompt adjacent -> adv (B,); a group of equal
+    rewards gets exactly 0."""
+    r = reward.view(-1, group_size)
     adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)       # asked exactly: the mean of .3, .3, .3 may miss .3
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # exactly, not by the mean
     return torch.where(equal, 0.0, adv).flatten()
 
 
 def kl_k3(logp, ref_logp):
-    """D of Eq. 4, per token and never negative; its mean over samples of π is KL(π ‖ π_ref). expm1 keeps digits when
-    the two are close."""
+    """D of Eq. 4, per token and never negative; its mean over samples of π is KL(π ‖ π_ref). expm1
+    keeps digits when the two are close."""
     return torch.expm1(ref_logp - logp) - (ref_logp - logp)
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
-    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on answer tokens; adv (B,); n: answers in the whole
-    optimiser batch, None if this is all of it. Returns the loss and statistics, means over the tokens under the
-    mask."""
-    logp, old_logp, ref_logp = (torch.where(mask > 0, x, 0.0) for x in (logp, old_logp, ref_logp))  # or exp is inf
+    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,); n:
+    responses in the whole optimiser batch, None if this is all of it.
+    Returns the loss and statistics, means over the tokens in the mask."""
+    logp = torch.where(mask > 0, logp, 0.0)                         # before exp, which could be inf
+    old_logp = torch.where(mask > 0, old_logp, 0.0)
+    ref_logp = torch.where(mask > 0, ref_logp, 0.0)
     length = mask.sum(1)                                                  # (B,)    |o_i|
-    n = (length > 0).sum().clamp(min=1) if n is None else n
-    ratio = (logp - old_logp).exp()                                     # (B, T)  r_it, 1 until the first optimiser step
+    if n is None:
+        n = (length > 0).sum().clamp(min=1)
+    ratio = (logp - old_logp).exp()                           # (B, T)  r_it, 1 until the first step
     adv = adv[:, None]                                                    # (B, 1)  Â_i
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
-    price = kl_k3(logp, ref_logp)                                         # (B, T)  D_it
-    per_token = (surrogate - kl_beta * price) * mask
+    kl = kl_k3(logp, ref_logp)                                            # (B, T)  D_it
+    per_token = (surrogate - kl_beta * kl) * mask
     loss = -(per_token.sum(1) / length.clamp(min=1)).sum() / n            # 1/G Σ_i 1/|o_i| Σ_t
     with torch.no_grad():
-        mean = lambda x: (x * mask).sum() / length.sum().clamp(min=1)
-        stats = {"kl": mean(price),
-                 "clip_low": mean((ratio < 1 - clip_eps) & (adv < 0)),    # tokens whose gradient the clip has cut
-                 "clip_high": mean((ratio > 1 + clip_eps) & (adv > 0))}
+        tokens = mask.sum().clamp(min=1)
+        clipped_low = (ratio < 1 - clip_eps) & (adv < 0)       # tokens whose gradient the clip cuts
+        clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
+        stats = {"clip_low": (clipped_low * mask).sum() / tokens,
+                 "clip_high": (clipped_high * mask).sum() / tokens}
+        stats["kl"] = (kl * mask).sum() / tokens
     return loss, stats
 
 
-# ------------------------------------------------------------------------------------------------------------- the task
+# --------------------------------------------------------------------------------------- the reward
 
 
-def score(row, text):
-    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the
-    sum in two digits. Your own rows: the number of "answer"."""
+def score(row, response):
+    """1 for a right response, 0 for a wrong one, None where the row does not say what is right. The
+    built-in task: one '#', then the sum in two digits. Other rows: the number in "answer"."""
     if "two_digits" in row:
-        return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
-    gold = answer_number(str(row.get("answer")))
-    return None if gold is None else float(answer_number(text) == gold)
+        return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])
+    answer = answer_number(str(row.get("answer")))
+    return None if answer is None else float(answer_number(response) == answer)
 
 
-def prompts(cfg, tokenizer, context, rule=True):
-    """Rows to learn from, to validate on and to report on, each with its prompt's "ids"; for the rule, rows must say
-    what is right."""
-    def ready(rows):
-        rows = usable(rows, lambda row: row["prompt"], "the prompt is empty")
-        if rule:
-            rows = usable(rows, lambda row: scored(score, row, "", need=False) is not None, 'no number in "answer"')
-        return encoded(rows, tokenizer, cfg.max_new, context)
-
-    if cfg.data:
-        needed = ("prompt", "answer") if rule else ("prompt",)
-        return split(*[ready(read_rows(path, *needed)) for path in (cfg.data, cfg.test) if path])
-    return [ready(rows) for rows in (sums(20_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test"))]
-
-
-def rewards(cfg, judge, rows, tokens, mask, texts):
-    """What every answer earns, (B,): the score of the reward model, or the rule's where judge is None; if it was cut,
-    no_end_reward, or the worst score here where that is lower: or being cut would beat being wrong. And the rule's
-    opinion alone, (B,), None where a row does not say what is right. A row for each answer; mask on the CPU, as both
-    results are."""
-    ended = torch.tensor([text is not None for text in texts])
-    gold = [scored(score, row, text or "", need=not judge) for row, text in zip(rows, texts)]
-    gold = None if None in gold else torch.where(ended, torch.tensor(gold), 0.0)
-    earned = frozen_scalars(judge, tokens, mask, cfg.micro_tokens)[1].cpu() if judge else gold
-    if cfg.format_reward and not judge:
-        earned = earned + cfg.format_reward * torch.tensor([float(states_number(text or "")) for text in texts])
-    if not earned[ended].isfinite().all():
-        raise InputError(f"--reward {cfg.reward}: gave an answer a score that is not finite")
-    return torch.where(ended, earned, min([cfg.no_end_reward, *earned[ended].tolist()])), gold
-
-
-# ----------------------------------------------------------------------------------------------------------- the script
-
-
-def validate(policy, tokenizer, rows, cfg, judge, reference=None, samples=1):
-    """What `evaluate` says of held-out prompts, with the reward model's score and the KL to the reference, k1 in nats
-    an answer, of an answer each at temperature 1."""
-    def watch(rows, tokens, mask, texts):
-        seen = {"score": rewards(cfg, judge, rows, tokens, mask, texts)[0]} if judge else {}
-        if reference:
-            logp, ref_logp = (frozen_logp(x, tokens, mask, 1.0, cfg.micro_tokens)[0] for x in (policy, reference))
-            seen["kl"] = (logp - ref_logp).sum(1)
-        return seen
-
-    return evaluate(policy, tokenizer, rows, score, cfg.max_new, samples, watch=watch)
+# ----------------------------------------------------------------------------------------- training
 
 
 def train(cfg):
-    device = setup(cfg.seed)
-    B = cfg.prompts * cfg.group
-    check(cfg, steps=1, prompts=1, group=2, epochs=1, minibatch=1, max_new=1, eval_every=1, grad_clip=0)
-    check(cfg, lr=0, warmup=0, micro_tokens=0, format_reward=0, ref_every=0, ref_mix=0, clip_eps=0, kl_beta=0)
-    if not cfg.temperature > 0:
-        raise InputError(f"--temperature {cfg.temperature}: must be above 0, or all answers to a prompt are the same")
-    if B % cfg.minibatch:
-        raise InputError(f"--minibatch {cfg.minibatch} does not divide the {B} answers of --prompts x --group")
-
-    # models and data: all that can be wrong is found here, before the first step
-    if not cfg.data:
-        make_first(cfg.init, "sft.py", Config.init, cfg.seed)
-    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
-    set_blocks(policy, cfg.recompute, cfg.compile)
-    rows, val, test = prompts(cfg, tokenizer, policy.cfg.context, cfg.reward == "rule")
-    if not cfg.data and cfg.init == Config.init:
-        make_first(cfg.reward, "reward.py", "out/reward", cfg.seed)
-    judge = load_reward(cfg.reward, policy, tokenizer)
+    device = setup(cfg)
+    policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
+    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule")
+    train_rows, val_rows, test_rows = splits
+    reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
     reference = freeze(copy.deepcopy(policy))
     optimizer = make_optimizer(policy, cfg.lr)
-    print(f"grpo: {sum(p.numel() for p in policy.parameters()):,} parameters on {device.type}, {len(rows):,} prompts, "
-          f"{len(val)} to validate, {len(test)} to report")
-    longest = max(len(row["ids"]) for row in rows) + cfg.max_new
-    memory_plan(device, optimizer, [policy], [reference, judge], cfg.micro_tokens, B * longest)
-    out = Folder(cfg.out, cfg, cfg.steps, tokenizer, Guard(cfg.max_kl, val=len(val)) if cfg.guard else None)
-    first, saved = out.begin(policy, optimizer, cfg.resume)
-    if saved:
-        reference.load_state_dict(saved["reference"])
-    before, texts_before = saved.get("before") or validate(policy, tokenizer, test, cfg, judge, reference, samples=8)
-    if first == 0:
-        found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
-        out.log(0, "val_greedy val_acc val_length val_score", **{f"val_{name}": x for name, x in found.items()})
-    todo = batches(rows, cfg.prompts, cfg.seed, start=first)
-    once = cfg.epochs == 1 and cfg.minibatch == B             # one update a rollout: old log-probs are the current ones
+    B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
+    longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
+    frozen = [reference, reward_model]
+    estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B * longest)
+    run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS, reference=reference)
 
-    for step in range(first + 1, cfg.steps + 1):
-        # 1. rollout: G answers to every prompt
-        t0, stats = time.perf_counter(), Mean()
-        batch = next(todo)
-        asked = [row["ids"] for row in batch]
-        tokens, mask, sampled_logp = policy.generate(asked, cfg.group, cfg.max_new, cfg.temperature)      # (B, T) each
-        host_mask = mask.cpu()                               # what is chosen by it is found without waiting for the GPU
-        ref_logp, _ = frozen_logp(reference, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
-        if not once:
-            old_logp, _ = frozen_logp(policy, tokens, host_mask, cfg.temperature, cfg.micro_tokens)
+    def evaluate_policy(rows, samples=1):
+        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference)
 
-        # 2. reward: the rule or the reward model reads the answer, if it ended
-        texts = answers(tokenizer, tokens, mask, policy.cfg.stop)
-        each = [row for row in batch for _ in range(cfg.group)]
-        reward, gold = rewards(cfg, judge, each, tokens, host_mask, texts)                                # (B,)
-        stats.add(told(reward, gold, host_mask, texts, cfg.group))
+    if run.is_new:
+        run.state["before"] = evaluate_policy(test_rows, samples=8)
+        run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
+    batch_iter = batches(train_rows, cfg.prompts, cfg.seed, start=run.step)
+    on_policy = cfg.epochs == 1 and cfg.minibatch == B          # one update: old_logp is logp
+
+    for step in run.remaining_steps():
+        # 1. rollout: group_size responses to every prompt
+        start, stats = time.perf_counter(), MetricMean()
+        batch = next(batch_iter)
+        prompts = [row["ids"] for row in batch]
+        tokens, mask, sampler_logp = policy.generate(           # (B, T) each
+            prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature)
+        mask_cpu = mask.cpu()                                   # micro-batches are cut on the CPU
+        ref_logp = compute_logp(reference, tokens, mask_cpu, cfg.temperature, micro_tokens)
+        if not on_policy:
+            old_logp = compute_logp(policy, tokens, mask_cpu, cfg.temperature, micro_tokens)
+
+        # 2. reward: the rule or the reward model reads every response that ended
+        responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
+        reward, correct = compute_reward(                       # (B,) each
+            cfg, reward_model, score, batch, tokens, mask_cpu, responses)
+        stats.add(rollout_stats(reward, correct, mask_cpu, responses, cfg.group_size))
 
         # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group).to(device)
-        stats.add({"dead": (adv.view(-1, cfg.group) == 0).all(1).float().mean()})
-        t1 = time.perf_counter()
+        adv = group_advantage(reward, cfg.group_size)           # (B,)
+        stats.add({"frac_zero_std": (adv.view(-1, cfg.group_size) == 0).all(1).float().mean()})
+        adv = adv.to(device)
+        rollout_end = time.perf_counter()
 
-        # 4. update: clipped passes over the same rollout
+        # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
         for _ in range(cfg.epochs):
-            for i in torch.randperm(B).split(cfg.minibatch):
+            for minibatch in torch.randperm(B).split(cfg.minibatch):
                 optimizer.zero_grad()
-                for j, t, at in micro_batches(host_mask, i, cfg.micro_tokens, device):
-                    logp, entropy = policy.token_logp(tokens[j, :t], None, cfg.temperature, at)
-                    old = logp.detach() if once else old_logp[j, :t]
-                    loss, found = grpo_loss(logp, old, ref_logp[j, :t], adv[j], mask[j, :t],
-                                            cfg.clip_eps, cfg.kl_beta, len(i))
+                for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
+                    with autocast(device):                      # bf16 forward on CUDA
+                        logp, entropy = policy.token_logp(
+                            tokens[rows, :width], None, cfg.temperature, index)
+                    old = logp.detach() if on_policy else old_logp[rows, :width]
+                    loss, loss_stats = grpo_loss(
+                        logp, old, ref_logp[rows, :width], adv[rows], mask[rows, :width],
+                        cfg.clip_eps, cfg.kl_beta, n=len(minibatch))
                     loss.backward()
-                    gap = (old - sampled_logp[j, :t]).abs().sum()    # the sampler and the scorer are one model: about 0
-                    stats.add(found | {"ent": entropy.sum() / len(at), "gap": gap / len(at)}, len(at))
-                gnorm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+                    # the sampler and the scorer are one model: the error is about 0
+                    error = (old - sampler_logp[rows, :width]).abs().sum()
+                    loss_stats |= {"entropy": entropy.sum() / len(index),
+                                   "sampler_logp_error": error / len(index)}
+                    stats.add(loss_stats, len(index))
+                grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()
-                stats.add({"gnorm": gnorm})
+                stats.add({"grad_norm": grad_norm})
         if cfg.ref_every and step % cfg.ref_every == 0:
             with torch.no_grad():
-                for ref, new in zip(reference.parameters(), policy.parameters()):
-                    ref.lerp_(new.to(ref.dtype), cfg.ref_mix)
-        metrics = stats.read() | {"lr": lr}                               # waits for the GPU
-        t2 = time.perf_counter()
+                for ref, p in zip(reference.parameters(), policy.parameters()):
+                    ref.lerp_(p.to(ref.dtype), cfg.ref_mix)
 
         # 5. log, evaluate, save
-        metrics |= {"tokens": round(metrics["len"] * B), "dist2": distinct(tokens, host_mask)}
-        metrics["kl_seq"] = metrics["kl"] * metrics["len"]
-        last = step == cfg.steps
-        if last or step % cfg.eval_every == 0:
-            found, _ = validate(policy, tokenizer, val, cfg, judge, reference)
-            metrics |= {f"val_{name}": x for name, x in found.items()}
-        metrics |= {"gen_s": round(t1 - t0, 3), "upd_s": round(t2 - t1, 3), "tok_s": int(metrics["tokens"] / (t2 - t0))}
-        shown = "reward gold dead len end kl ent clip_low clip_high gnorm gen_s upd_s tok_s val_greedy val_acc"
-        why = out.log(step, shown, **metrics)
-        if why:
-            out.stop(policy, optimizer, step, why)
-        if last or out.leaving or step % cfg.eval_every == 0:
-            out.save(policy, optimizer, step, reference=reference.state_dict(), before=(before, texts_before))
+        metrics = stats.read()                                  # the only wait for the GPU since 3
+        update_end = time.perf_counter()
+        metrics |= {"lr": lr, "tokens": round(metrics["length"] * B)}
+        metrics["distinct_2"] = distinct_ngrams(tokens, mask)
+        metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response
+        if run.is_eval_step(step):
+            metrics |= prefixed("val_", evaluate_policy(val_rows)[0])
+        metrics |= {"gen_s": rollout_end - start, "upd_s": update_end - rollout_end}
+        metrics["tok_s"] = int(metrics["tokens"] / (update_end - start))
+        run.end_step(step, metrics)
 
-    after, texts = validate(policy, tokenizer, test, cfg, judge, reference, samples=8)
-    print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
-    print("before\n" + out.samples("before", test, texts_before) + "after\n" + out.samples("after", test, texts))
-    out.plot("reward val_acc val_greedy", "len val_length", "kl_seq", "ent")
+    run.report(test_rows, run.state["before"], evaluate_policy(test_rows, samples=8))
+    run.plot("reward val_accuracy val_greedy", "length val_length", "frac_zero_std", "entropy")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
 """
-SFT: supervised fine-tuning, the first step of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+SFT: supervised fine-tuning, the first step of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155,
+section 3.5).
 
-Imitate demonstrations: raise the likelihood of every response token given the prompt and the response so far.
+Imitate demonstrations: raise the log-likelihood of every response token given what precedes it.
 
-    minimise  L(θ) = - Σ_i Σ_t m_it log π_θ(y_it | x_i, y_i,<t)  /  Σ_i Σ_t m_it                                     (1)
+    minimise  L(θ) = - Σ_i Σ_t m_it log π_θ(y_it | x_i, y_i,<t)  /  Σ_i Σ_t m_it              (1)
 
-    paper   θ       x, y           log π_θ   m, 1 on the response and its end token   Σ m, over the optimiser batch
-    here    model   tokens (B, T)  logp      mask                                     n
+    paper   θ       x, y           log π_θ   m, 1 on response and end token   Σ m, over the batch
+    here    model   tokens (B, T)  logp      mask                             n
 
-The prompt is context and not a target (m = 0): the model is to answer, not to ask. The end token is a target like any
-other, or the model never learns to stop; an example that does not fit the context is dropped, since cutting it would
-teach a false stop. The denominator is counted before the batch is split, so that micro-batches of any size give the
-same gradient.
+Details that are often missed:
 
-The demonstrators of the built-in task work with care on short sums and get lazier on long ones:
+    1. The prompt is context, not a target (m = 0).
+    2. The end token is a target like any other, or the model never learns to stop. An example that
+       does not fit is dropped: cutting it would teach a false end.
+    3. The denominator is counted before the batch is split into micro-batches, so that their size
+       changes no gradient.
+
+The demonstrators of the built-in task are careful on short sums and hasty on long ones:
 
     5+8+7=    careful  13,20#20     running totals, then # and the answer
-              hasty    #20          no working; the true sum rounded to the nearest 5, right one time in five
-              slip     03,10#10     careful, but at a carry the ten was forgotten (p = .08), and the error runs on
+              hasty    #20          no working; the sum rounded to the nearest 5, right 1 time in 5
+              slip     03,10#10     careful, but a carry was forgotten (p = .08); the error stays
 
 About 56% of them are right, and imitation can hardly do better: that is what grpo.py is for.
 
-Run:     python sft.py                                    about a minute on two CPU cores -> out/sft
-Yours:   python sft.py --data rows.jsonl --context 1024   {"prompt", "response"} or {"messages": [{"role", "content"}]}
+Run:     python sft.py                                          -> out/sft
+Yours:   python sft.py --data rows.jsonl --block_size 1024   {"prompt", "response"} or {"messages"}
+         python sft.py --data rows.jsonl --init SmolLM2-135M    a Hugging Face folder
 """
 import random
 import time
@@ -30,73 +35,81 @@ from dataclasses import dataclass
 
 import torch
 
-from model import (GPT, Folder, GPTConfig, Guard, InputError, Mean, answer_number, as_turns, batches, check,
-                   encode_answer, encode_chat, evaluate, frozen_logp, load, main, make_optimizer, make_tokenizer,
-                   memory_plan, micro_batches, pad_batch, prompt_ids, read_rows, set_blocks, set_lr, setup, split,
-                   stop_ids, sums, table, usable)
+from common.data import filter_rows, load_demonstrations, running_sums
+from common.evaluate import MetricMean, evaluate
+from common.models import load_or_create_model, setup
+from common.run import Run, main, prefixed
+from common.train import (batches, compute_logp, estimate_memory, make_optimizer, micro_batches,
+                          pad_batch, set_lr)
+from common.verifier import answer_number
+from model import autocast
 
 
 @dataclass
 class Config:
     # data
-    data: str = ""                # JSON lines to learn from; "" is the built-in task
-    test: str = ""            # JSON lines to report on; "": the twentieth of --data that a hash of the prompt holds out
-    init: str = ""                # checkpoint or public model to start from; "": from scratch, of the shape below
+    data: str = ""                # JSON lines to train on; "" is the built-in task
+    test: str = ""                # JSON lines to report on; "": a twentieth of --data
+    init: str = ""                # checkpoint or Hugging Face folder; "": from scratch
     out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"            # "chat": a lone prompt is a user's turn, "plain": bare text, "auto": as --init has it
-    system: str = ""              # system line of a chat that has none; "" keeps that of --init
-    seed: int = 0                 # of the weights, the order of the data and the sampling
-    resume: bool = False          # go on with the run in --out
+    chat: str = "auto"           # prompts are a user's turns ("chat"), text ("plain"), as in --init
+    system: str = ""              # system message of chats that have none; "": that of --init
+    seed: int = 0                 # of weights, order of the data and sampling
+    resume: bool = False          # continue the run in --out
     # model, from scratch only
-    tokenizer: str = "bytes"      # "bytes" (built in), or a vocabulary that tiktoken downloads, such as gpt2
-    context: int = 64            # longest sequence in tokens, prompt and response together; longer examples are dropped
-    layers: int = 3               # transformer blocks
-    width: int = 96               # C, the residual stream
-    heads: int = 3                # attention heads of size C / heads
+    tokenizer: str = "bytes"      # "bytes", or a vocabulary that tiktoken downloads, such as gpt2
+    block_size: int = 64          # longest sequence; longer examples are dropped
+    n_layer: int = 3              # transformer blocks
+    n_embd: int = 96              # channels of the residual stream
+    n_head: int = 3               # attention heads of n_embd / n_head channels
     # optimisation
     steps: int = 1200             # optimiser steps
     batch: int = 64               # examples in an optimiser step
-    micro_tokens: int = 0         # tokens in one forward: bounds the memory, changes no gradient; 0: by device
-    recompute: bool = False       # keep each block's input alone and run it again in backward: more time, less memory
-    compile: bool = False         # torch.compile the blocks, where that works: a slow start, faster updates
-    lr: float = 3e-3              # peak rate of AdamW; for a real pretrained model 1e-5
-    muon_lr: float = 3e-3     # peak rate of Muon on the blocks' matrices, used from scratch only; 0: AdamW has them too
-    warmup: int = 30              # steps of linear warm-up, before half a cosine down to 0
+    micro_batch_tokens: int = 0   # tokens in one forward, changes no gradient; 0: by device
+    gradient_checkpointing: bool = False  # recompute blocks in backward: slower, less memory
+    compile: bool = False         # torch.compile the blocks: a slow start, faster steps
+    lr: float = 3e-3              # peak rate of AdamW; for a pretrained model 1e-5
+    muon_lr: float = 3e-3        # peak rate of Muon on the blocks' matrices, from scratch; 0: AdamW
+    warmup: int = 30              # steps of linear warm-up, then half a cosine down to 0
     weight_decay: float = 0.1     # on matrices, not on norms, biases and embeddings
     grad_clip: float = 1.0        # largest gradient norm
-    # watching
-    max_new: int = 24             # longest answer in the evaluation, tokens
-    eval_every: int = 300         # steps between evaluations on validation prompts, and between checkpoints
-    guard: bool = True            # stop a run that has gone wrong, and say why
+    # evaluation
+    max_new_tokens: int = 24      # longest response in the evaluation
+    eval_every: int = 300         # steps between evaluations, and between checkpoints
+    early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
-# defaults where --init is a public model, or a checkpoint that was made from one
-PUBLIC = dict(steps=470, batch=32, lr=1e-5, weight_decay=0.0, max_new=512, eval_every=100, recompute=True)
+# defaults where --init is a Hugging Face folder, or a checkpoint that began as one
+PRETRAINED = dict(
+    steps=470, batch=32, lr=1e-5, weight_decay=0.0, max_new_tokens=512, eval_every=100,
+    gradient_checkpointing=True)
+COLUMNS = "nll entropy grad_norm epoch tok_s val_loss val_greedy val_accuracy"
 
 
-# -------------------------------------------------------------------------------------------------------- the algorithm
+# ------------------------------------------------------------------------------------ the algorithm
+# To use it elsewhere copy this function; it needs torch alone.
 
 
 def sft_loss(logp, mask, n=None):
-    """Eq. 1. logp, mask (B, T), mask 1 on response tokens; n: response tokens in the whole optimiser batch, None if
-    this is all of it.
-
-    Returns the loss, and its two readings: nats a token, and nats a token averaged per response, in which long ones
-    weigh no more.
-    """
-    logp = torch.where(mask > 0, logp, 0.0)                            # nothing outside the mask counts, not even a nan
-    loss = -logp.sum() / (mask.sum().clamp(min=1) if n is None else n)    # - Σ m log π / Σ m
-    length = mask.sum(1)                                                  # (B,)
+    """Eq. 1. logp, mask (B, T), mask 1 on response tokens; n: response tokens in the whole
+    optimiser batch, None if this is all of it. Returns the loss and statistics: nats per token, and
+    nats per token averaged per response, where long responses weigh no more than short ones."""
+    logp = torch.where(mask > 0, logp, 0.0)                   # nothing outside counts, not even NaN
+    if n is None:
+        n = mask.sum().clamp(min=1)
+    loss = -logp.sum() / n                                      # - Σ m log π / Σ m
     with torch.no_grad():
-        per_token = -logp.sum() / length.sum().clamp(min=1)
-        per_answer = -(logp.sum(1) / length.clamp(min=1)).sum() / (length > 0).sum().clamp(min=1)
-    return loss, {"nll": per_token, "nll_answer": per_answer}
+        length = mask.sum(1)                                    # (B,)
+        per_response = -logp.sum(1) / length.clamp(min=1)       # (B,)
+        stats = {"nll": -logp.sum() / length.sum().clamp(min=1),
+                 "nll_response": per_response.sum() / (length > 0).sum().clamp(min=1)}
+    return loss, stats
 
 
-# ------------------------------------------------------------------------------------------------------------- the task
+# ---------------------------------------------------------------------------------------- the task
 
-CAREFUL = {3: .75, 4: .65, 5: .40, 6: .35}                                # P(shows the working | number of terms)
-SLIP = .08                                                                # P(forgets the ten | a carry)
+CAREFUL = {3: .75, 4: .65, 5: .40, 6: .35}                  # P(shows the working | number of terms)
+SLIP = .08                                                      # P(forgets the ten | a carry)
 
 
 def demonstrate(prompt, rng):
@@ -107,136 +120,111 @@ def demonstrate(prompt, rng):
     total, totals = terms[0], []
     for x in terms[1:]:
         carry = total % 10 + x > 9
-        total += x - 10 * (carry and rng.random() < SLIP)
+        total += x
+        if carry and rng.random() < SLIP:
+            total -= 10
         totals.append(f"{total:02d}")
     return ",".join(totals) + f"#{totals[-1]}"
 
 
-def score(row, text):
-    """1 for a right answer, 0 for a wrong one, None where the row does not say. The built-in sums: one '#', then the
-    sum in two digits. Your own rows: the number of "answer"."""
+def score(row, response):
+    """1 for a right response, 0 for a wrong one, None where the row does not say what is right. The
+    built-in task: one '#', then the sum in two digits. Other rows: the number in "answer"."""
     if "two_digits" in row:
-        return float(text.count("#") == 1 and text.split("#")[1] == row["two_digits"])
-    gold = answer_number(str(row.get("answer")))
-    return None if gold is None else float(answer_number(text) == gold)
+        return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])
+    answer = answer_number(str(row.get("answer")))
+    return None if answer is None else float(answer_number(response) == answer)
 
 
-def prepare(row, tokenizer):
-    """Add what the model reads: "ids" of the prompt, "tokens" of prompt, response and end token, and their "mask"."""
-    if "messages" in row:                                                 # every turn of the assistant is trained
-        tokens, mask = encode_chat(tokenizer, row["messages"])
-    else:
-        tokens, mask = encode_answer(tokenizer, row, row["response"])
-    return row | {"ids": prompt_ids(tokenizer, row), "tokens": tokens, "mask": mask}
+def demonstrations(seed):
+    """The built-in demonstrations to train on, to validate on and to report on."""
+    rng, splits = random.Random(seed), []
+    for n, split in ((50_000, "train"), (500, "val"), (1_000, "test")):
+        rows = running_sums(n, split, seed if split == "train" else 0)
+        splits.append([row | {"response": demonstrate(row["prompt"], rng)} for row in rows])
+    return splits
 
 
-def demonstrations(cfg, tokenizer, context):
-    """Rows to learn from, to validate on and to report on."""
-    def ready(rows):
-        rows = usable(rows, lambda x: x["prompt"] and x["response"].strip(), "the prompt or the response is empty")
-        rows = [prepare(row, tokenizer) for row in rows]
-        fits = lambda x: len(x["tokens"]) <= context
-        return usable(rows, fits, f"longer than the context of {context} tokens (--context)")
-
-    if cfg.data:
-        return split(*[ready(read_rows(path, "prompt", "response")) for path in (cfg.data, cfg.test) if path])
-    rng = random.Random(cfg.seed)
-    parts = sums(50_000, "train", cfg.seed), sums(500, "val"), sums(1_000, "test")
-    return [ready([row | {"response": demonstrate(row["prompt"], rng)} for row in rows]) for rows in parts]
+# ---------------------------------------------------------------------------------------- training
 
 
-# ----------------------------------------------------------------------------------------------------------- the script
-
-
-def heldout_loss(model, rows, cfg, device):
-    """Nats per response token."""
+def evaluate_loss(model, rows, cfg):
+    """Nats per response token on held-out demonstrations."""
     total = count = 0
     for i in range(0, len(rows), 256):
-        tokens, mask = pad_batch([row["tokens"] for row in rows[i:i + 256]], [row["mask"] for row in rows[i:i + 256]])
-        logp, _ = frozen_logp(model, tokens.to(device), mask, 1.0, cfg.micro_tokens)
-        total, count = total - logp.sum().item(), count + int(mask.sum())
-    return total / count
-
-
-def report(model, tokenizer, rows, cfg, device, samples=8):
-    """Held-out loss of demonstrations; and, with samples, what evaluate says of the answers, and the greedy ones."""
-    if not rows:
-        return {}, []
-    found, texts = evaluate(model, tokenizer, rows, score, cfg.max_new, samples) if samples else ({}, [])
-    return {"loss": heldout_loss(model, rows, cfg, device)} | found, texts
+        chunk = rows[i:i + 256]
+        tokens, mask = pad_batch([row["tokens"] for row in chunk], [row["mask"] for row in chunk])
+        logp = compute_logp(model, tokens.to(model.device), mask, 1.0, cfg.micro_batch_tokens)
+        total -= logp.sum().item()
+        count += int(mask.sum())
+    return {"loss": total / count} if rows else {}
 
 
 def train(cfg):
-    device = setup(cfg.seed)
-    check(cfg, steps=1, batch=1, context=2, layers=1, width=1, heads=1, max_new=1, eval_every=1, grad_clip=0)
-    check(cfg, lr=0, muon_lr=0, weight_decay=0, warmup=0, micro_tokens=0)
+    device = setup(cfg)
+    model, tokenizer = load_or_create_model(cfg, device)
+    block_size = model.cfg.block_size
+    built_in = [] if cfg.data else demonstrations(cfg.seed)
+    train_rows, val_rows, test_rows = load_demonstrations(cfg, tokenizer, block_size, built_in)
 
-    # data and model: all that can be wrong is found here, before the first step
-    if cfg.init:
-        model, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
-        for name in ("context", "layers", "width", "heads"):
-            if getattr(cfg, name) not in (getattr(Config, name), getattr(model.cfg, name)):
-                raise InputError(f"--{name} {getattr(cfg, name)}: {cfg.init} has {getattr(model.cfg, name)}, kept")
-        if cfg.tokenizer not in (Config.tokenizer, tokenizer.name):
-            raise InputError(f"--tokenizer {cfg.tokenizer}: {cfg.init} has its own, kept")
-    else:
-        tokenizer = make_tokenizer(cfg.tokenizer, as_turns(cfg.chat, False, cfg.system), cfg.system)
-        if cfg.width % cfg.heads or cfg.width // cfg.heads % 2:
-            raise InputError(f"--width {cfg.width} --heads {cfg.heads}: a head needs an even whole number of channels")
-        model = GPT(GPTConfig(vocab=tokenizer.n_vocab, stop=stop_ids(tokenizer), context=cfg.context, layers=cfg.layers,
-                              width=cfg.width, heads=cfg.heads)).to(device)
-    set_blocks(model, cfg.recompute, cfg.compile)
-    rows, val, test = demonstrations(cfg, tokenizer, model.cfg.context)
-    room = lambda row: len(row["ids"]) + cfg.max_new <= model.cfg.context
-    why = f"held out; prompt + --max_new {cfg.max_new} exceed {model.cfg.context}"
-    val, test = usable(val, room, why), usable(test, room, why)
-    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, 0 if cfg.init else cfg.muon_lr)
-    print(f"sft: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
-          f"{len(rows):,} demonstrations, {len(val)} to validate, {len(test)} to report")
-    memory_plan(device, optimizer, [model], [], cfg.micro_tokens)
-    out = Folder(cfg.out, cfg, cfg.steps, tokenizer, Guard() if cfg.guard else None)
-    first, saved = out.begin(model, optimizer, cfg.resume)
-    own = lambda row: {name: row[name] for name in ("prompt", "response", "messages") if name in row}
-    out.write_rows("demonstrations.jsonl", map(own, (val or rows)[:500]))
-    before = saved.get("before") or report(model, tokenizer, test, cfg, device, samples=8 if cfg.init else 0)[0]
-    todo = batches(rows, cfg.batch, cfg.seed, start=first)
+    def has_room(row):
+        return len(row["ids"]) + cfg.max_new_tokens <= block_size
 
-    for step in range(first + 1, cfg.steps + 1):
-        # 1. update: the token mean over the whole batch, in pieces that fit the memory
-        t0 = time.perf_counter()
-        batch = next(todo)
+    reason = f"held out; prompt + --max_new_tokens {cfg.max_new_tokens} exceed {block_size}"
+    val_rows = filter_rows(val_rows, has_room, reason)
+    test_rows = filter_rows(test_rows, has_room, reason)
+    muon_lr = 0 if cfg.init else cfg.muon_lr
+    optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, muon_lr)
+    estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)
+    splits = train_rows, val_rows, test_rows
+    run = Run(cfg, cfg.steps, model, optimizer, tokenizer, splits, COLUMNS)
+    run.write_rows("demonstrations.jsonl", [                  # reward.py centres its scores on them
+        {name: row[name] for name in ("prompt", "response", "messages") if name in row}
+        for row in (val_rows or train_rows)[:500]])
+
+    def evaluate_model(rows, samples=1):
+        metrics, texts = evaluate(model, tokenizer, rows, score, cfg, samples)
+        return evaluate_loss(model, rows, cfg) | metrics, texts
+
+    if run.is_new and cfg.init:
+        run.state["before"] = evaluate_model(test_rows, samples=8)
+    elif run.is_new:                                            # a new model has nothing to say
+        run.state["before"] = evaluate_loss(model, test_rows, cfg), []
+    batch_iter = batches(train_rows, cfg.batch, cfg.seed, start=run.step)
+
+    for step in run.remaining_steps():
+        # 1. update: the token mean over the whole batch, in micro-batches
+        start, stats = time.perf_counter(), MetricMean()
+        batch = next(batch_iter)
         tokens, mask = pad_batch([row["tokens"] for row in batch], [row["mask"] for row in batch])
-        n, stats = int(mask.sum()), Mean()                                # response tokens in the batch
+        n = int(mask.sum())                                     # response tokens in the batch
         tokens_dev, mask_dev = tokens.to(device), mask.to(device)
         optimizer.zero_grad()
-        for j, t, at in micro_batches(mask, torch.arange(len(tokens)), cfg.micro_tokens, device):
-            logp, entropy = model.token_logp(tokens_dev[j, :t], at=at)
-            loss, found = sft_loss(logp, mask_dev[j, :t], n)
+        every_row = torch.arange(cfg.batch)
+        for rows, width, index in micro_batches(mask, every_row, cfg.micro_batch_tokens, device):
+            with autocast(device):                              # bf16 forward on CUDA
+                logp, entropy = model.token_logp(tokens_dev[rows, :width], index=index)
+            loss, loss_stats = sft_loss(logp, mask_dev[rows, :width], n)
             loss.backward()
-            stats.add({"nll": found["nll"], "ent": entropy.sum() / len(at)}, len(at))
-            stats.add({"nll_answer": found["nll_answer"]}, len(j))
+            stats.add({"nll": loss_stats["nll"], "entropy": entropy.sum() / len(index)}, len(index))
+            stats.add({"nll_response": loss_stats["nll_response"]}, len(rows))
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup)
-        gnorm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 
         # 2. log, evaluate, save
-        metrics = stats.read() | {"gnorm": float(gnorm), "lr": lr, "epoch": step * cfg.batch / len(rows)}
-        metrics["tok_s"] = int(n / (time.perf_counter() - t0))
-        last = step == cfg.steps
-        if last or step % cfg.eval_every == 0:
-            found, texts = report(model, tokenizer, val, cfg, device, samples=1)
-            metrics |= {f"val_{name}": x for name, x in found.items()}
-            out.samples(f"step {step}", val, texts)
-        why = out.log(step, "nll ent gnorm epoch tok_s val_loss val_greedy val_acc", **metrics)
-        if why:
-            out.stop(model, optimizer, step, why)
-        if last or out.leaving or step % cfg.eval_every == 0:
-            out.save(model, optimizer, step, before=before)
+        metrics = stats.read()                                  # the only wait for the GPU
+        metrics |= {"grad_norm": float(grad_norm), "lr": lr}
+        metrics["epoch"] = step * cfg.batch / len(train_rows)
+        metrics["tok_s"] = int(n / (time.perf_counter() - start))
+        if run.is_eval_step(step):
+            val, texts = evaluate_model(val_rows)
+            metrics |= prefixed("val_", val)
+            run.write_samples(f"step {step}", val_rows, texts)
+        run.end_step(step, metrics)
 
-    after, texts = report(model, tokenizer, test, cfg, device)
-    print(f"\n{len(test)} held-out prompts, before -> after\n{table(before, after)}")
-    print(out.samples("after", test, texts))
-    out.plot("nll val_loss", "val_greedy val_acc", "val_length", "ent")
+    run.report(test_rows, run.state["before"], evaluate_model(test_rows, samples=8))
+    run.plot("nll val_loss", "val_greedy val_accuracy", "val_length", "entropy")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""
+Rows of data: the built-in task, files of a user's own, splits, and the number that a text states.
+
+A row is a dict. A prompt has "prompt" and perhaps "answer" (what is right); a demonstration has
+"prompt" and "response", or "messages"; a preference has "prompt", "chosen" and "rejected".
+"""
+import hashlib
+import json
+import os
+import random
+from decimal import Decimal
+
+from common.tokenizer import (InputError, before_response, encode_chat, encode_prompt,
+                              encode_response)
+from common.verifier import checked_score
+
+# ------------------------------------------------------------------------------- the built-in task
+
+
+def split_of(prompt):
+    """"train", "val" (1 in 20, to choose settings by) or "test" (1 in 20, to report), by a hash."""
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    return {0: "val", 1: "test"}.get(int(digest, 16) % 20, "train")
+
+
+def running_sums(n, split, seed=0):
+    """n rows of the built-in task: "5+8+7=", 3 to 6 digits from 1 to 9, and their two-digit sum.
+
+    Held-out prompts are distinct, so short ones are fewer: there are 729 prompts of 3 terms, and a
+    twentieth of them is held out."""
+    rng = random.Random(f"{split} {seed}")
+    rows, seen, lengths = [], set(), [3, 4, 5, 6]
+    while len(rows) < n:
+        k = rng.choice(lengths)
+        for _ in range(5000):
+            terms = [rng.randint(1, 9) for _ in range(k)]
+            prompt = "+".join(map(str, terms)) + "="
+            if split_of(prompt) == split and (split == "train" or prompt not in seen):
+                rows.append({"prompt": prompt, "two_digits": f"{sum(terms):02d}"})
+                seen.add(prompt)
+                break
+        else:
+            lengths.remove(k)                          # no prompt of this length is left
+    return rows
+
+
+# ------------------------------------------------------------------------------------ files of rows
+
+
+def read_rows(path, *needed):
+    """JSON lines -> list of dicts in which every field in `needed` is text; "_line" is where.
+
+    GSM8K's {"question", "answer"} is read as prompt (with a line break), response and answer.
+    {"messages": [...]} stands for prompt and response. An error names file, line and field."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    rows = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                rows.append(read_row(line, f"{path}:{number}", needed))
+    if not rows:
+        raise InputError(f"{path}: the file is empty")
+    return rows
+
+
+def read_row(line, location, needed):
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as e:          # invalid UTF-8 is a ValueError too
+        raise InputError(f"{location}: not a JSON line ({e})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{location}: expected an object {{...}}, found {type(row).__name__}")
+    if isinstance(row.get("question"), str) and "prompt" not in row:
+        row = {"response": row.get("answer")} | row | {"prompt": row["question"] + "\n"}
+    if "messages" in row:
+        check_messages(row["messages"], location, "response" in needed)
+        turns = [f"{m['role']}: {m['content']}" for m in before_response(row["messages"])]
+        row["prompt"] = "\n".join(turns)
+        if "response" in needed:
+            row["response"] = row["messages"][-1]["content"]
+    if isinstance(row.get("answer"), (int, float)) and not isinstance(row["answer"], bool):
+        row["answer"] = format(Decimal(repr(row["answer"])), "f")           # 1e-05 -> 0.00001
+    row["_line"] = location
+    require_text(row, *needed)
+    return row
+
+
+def require_text(row, *needed):
+    for name in needed:
+        if isinstance(row.get(name), str):
+            continue
+        problem = "is missing"
+        if row.get(name) is not None:
+            problem = f"is {type(row[name]).__name__}, not text"
+        raise InputError(f'{row["_line"]}: field "{name}" {problem}; a row needs '
+                         f'{", ".join(needed)}')
+
+
+def check_messages(messages, location, needs_response):
+    valid = isinstance(messages, list) and len(messages) > 0
+    for message in messages if valid else []:
+        valid &= isinstance(message, dict) and isinstance(message.get("role"), str)
+        valid = valid and isinstance(message.get("content"), str)
+    if not valid:
+        raise InputError(f'{location}: field "messages" must be a list of {{"role": text, '
+                         '"content": text}')
+    if needs_response and messages[-1]["role"] != "assistant":
+        role = messages[-1]["role"]
+        raise InputError(f'{location}: field "messages" must end with the assistant, not {role!r}')
+
+
+# ------------------------------------------------------------------------ filters, splits, prompts
+
+
+def filter_rows(rows, keep, reason, need=True):
+    """The rows for which keep(row); the dropped ones are counted on the screen, with the line of
+    the first. With `need`, it is an error if none is left."""
+    kept = [row for row in rows if keep(row)]
+    dropped = len(rows) - len(kept)
+    if dropped:
+        first = next(row for row in rows if not keep(row))
+        where = first.get("_line") or repr(first["prompt"])
+        print(f"dropped {dropped} of {len(rows)} rows: {reason}; the first is {where}")
+    if dropped and need and not kept:
+        raise InputError(f"no row is left: {reason}")
+    return kept
+
+
+def tokenize_prompts(rows, tokenizer, max_new_tokens, block_size, need=True):
+    """Rows with their prompt's "ids", of those that leave room for max_new_tokens."""
+    def has_room(row):
+        return len(row["ids"]) + max_new_tokens <= block_size
+
+    rows = [row | {"ids": encode_prompt(tokenizer, row)} for row in rows]
+    reason = f"prompt + --max_new_tokens {max_new_tokens} exceed the model's {block_size} tokens"
+    return filter_rows(rows, has_room, reason, need)
+
+
+def split_rows(rows, test=None):
+    """Train, validation and test rows by the hash of the prompt. Where test rows are given, only
+    validation rows are held out, and no row whose prompt is among the test rows is kept."""
+    splits = {"train": [], "val": [], "test": []}
+    for row in rows:
+        splits[split_of(row["prompt"])].append(row)
+    train, val = splits["train"], splits["val"]
+    if test is None:
+        test = splits["test"]
+    else:
+        reported = {row["prompt"] for row in test}
+
+        def is_new(row):
+            return row["prompt"] not in reported
+
+        train = filter_rows(train + splits["test"], is_new, "its prompt is in --test", need=False)
+        val = filter_rows(val, is_new, "its prompt is in --test", need=False)
+    if not train:
+        raise InputError("no row is left to train on: all are held out, by a hash of the prompt; "
+                         "give more rows")
+    return train, val, test
+
+
+def load_prompts(cfg, tokenizer, score, block_size, need_answer=True):
+    """Prompts to train on, to validate on and to report on, each with its "ids"; with need_answer,
+    of those for which `score` knows what is right."""
+    def has_answer(row):
+        return checked_score(score, row, "", need=False) is not None
+
+    def prepare(rows):
+        rows = filter_rows(rows, lambda row: row["prompt"], "the prompt is empty")
+        if need_answer:
+            rows = filter_rows(rows, has_answer, 'no number in "answer"')
+        return tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size)
+
+    if not cfg.data:
+        train = running_sums(20_000, "train", cfg.seed)
+        val, test = running_sums(500, "val"), running_sums(1_000, "test")
+        return prepare(train), prepare(val), prepare(test)
+    needed = ("prompt", "answer") if need_answer else ("prompt",)
+    rows = prepare(read_rows(cfg.data, *needed))
+    test = prepare(read_rows(cfg.test, *needed)) if cfg.test else None
+    return split_rows(rows, test)
+
+
+# ---------------------------------------------------------------------------------- demonstrations
+
+
+def tokenize_demonstration(row, tokenizer):
+    """Add "ids" of the prompt, "tokens" of prompt, response and end token, their "mask", and the
+    number of assistant "turns" in it."""
+    if "messages" in row:                                   # every turn of the assistant is trained
+        tokens, mask, turns = encode_chat(tokenizer, row["messages"])
+    else:
+        tokens, mask = encode_response(tokenizer, row, row["response"])
+        turns = 1
+    ids = encode_prompt(tokenizer, row)
+    return row | {"ids": ids, "tokens": tokens, "mask": mask, "turns": turns}
+
+
+def load_demonstrations(cfg, tokenizer, block_size, built_in):
+    """Rows to train on, to validate on and to report on, those of --data or the built-in ones."""
+    def has_text(row):
+        return row["prompt"] and row["response"].strip()
+
+    def fits(row):
+        return len(row["tokens"]) <= block_size
+
+    def prepare(rows):
+        rows = filter_rows(rows, has_text, "the prompt or the response is empty")
+        rows = [tokenize_demonstration(row, tokenizer) for row in rows]
+        return filter_rows(rows, fits, f"longer than {block_size} tokens (--block_size)")
+
+    if not cfg.data:
+        return [prepare(rows) for rows in built_in]
+    rows = prepare(read_rows(cfg.data, "prompt", "response"))
+    test = prepare(read_rows(cfg.test, "prompt", "response")) if cfg.test else None
+    report_rewritten_turns(rows)
+    return split_rows(rows, test)
+
+
+def report_rewritten_turns(rows):
+    """Say how many conversations train their last turn only (see encode_chat)."""
+    chats = [row for row in rows if "messages" in row]
+    last_only = 0
+    for row in chats:
+        turns = sum(message["role"] == "assistant" for message in row["messages"])
+        last_only += row["turns"] < turns
+    if last_only:
+        print(f"the chat template rewrites earlier turns: {last_only} of {len(chats)} "
+              "conversations train their last turn only")
+
+

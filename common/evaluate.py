@@ -1,0 +1,142 @@
+"""
+Statistics of a rollout, and the evaluation on held-out prompts.
+"""
+import torch
+
+from common.tokenizer import decode_responses
+from common.train import EVAL_BATCH_TOKENS, compute_logp, compute_reward
+from common.verifier import checked_score
+
+
+class MetricMean:
+    """Weighted means of the statistics of many micro-batches. They stay on the GPU until `read`."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, stats, weight=1.0):
+        for name, x in stats.items():
+            total, w = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (total + x * weight, w + weight)
+
+    def read(self):
+        return {name: float(total / w) for name, (total, w) in self.sums.items()}
+
+
+def rollout_stats(reward, correct, mask, responses, group_size=1):
+    """What is logged of a rollout: mean reward, mean length in tokens, share that ended, share that
+    is right and, for groups, share of groups with a right response. reward, correct (B,), mask
+    (B, T), all on the CPU."""
+    ended = [text is not None for text in responses]
+    stats = {"reward": reward.mean(), "length": mask.sum(1).mean()}
+    stats["eos_rate"] = sum(ended) / len(ended)
+    if correct is not None:
+        right = (correct > 0).float().view(-1, group_size)
+        stats["accuracy"] = right.mean()
+        if group_size > 1:
+            stats["pass_at_g"] = right.amax(1).mean()
+    return stats
+
+
+def distinct_ngrams(tokens, mask, n=2):
+    """Distinct-n (arXiv 1510.03055) of a batch of responses: different n-grams over all n-grams. It
+    falls as responses become the same. tokens, mask (B, T)."""
+    inside = mask.cpu() > 0
+    both = inside[:, n - 1:]
+    for i in range(n - 1):
+        both = both & inside[:, i:i - n + 1]
+    grams = tokens.cpu().unfold(1, n, 1)[both]                              # (number of n-grams, n)
+    return len(grams.unique(dim=0)) / max(1, len(grams))
+
+
+def explained_variance(value, ret, mask):
+    """1 - Var(G - V) / Var(G) over the mask: 1 for a perfect critic, 0 for a constant one, negative
+    for a harmful one."""
+    def mean(x):
+        return torch.where(mask > 0, x, 0.0).sum() / mask.sum().clamp(min=1)
+
+    def variance(x):
+        return mean((x - mean(x)).square())
+
+    return 1 - variance(ret - value) / variance(ret).clamp(min=1e-8)
+
+
+def half_interval(x, group):
+    """Half of the 95% interval of mean(x), x (N,), where the values of one group are not
+    independent; group (N,), numbered from 0."""
+    error = torch.zeros(int(group.max()) + 1).index_add(0, group, x - x.mean())  # each group's part
+    return 1.96 * error.norm() / len(x)
+
+
+def calibrate(lead):
+    """Predicted against true win rate of the favourite, in five bins. lead (pairs,), r_w - r_l ->
+    mean gap, lines of text."""
+    predicted = lead.abs().sigmoid()
+    won = (lead > 0) + 0.5 * (lead == 0)
+    bins = ((predicted - 0.5) * 10).int().clamp(max=4)
+    gap, lines = 0.0, ""
+    for b in bins.unique():
+        inside = bins == b
+        n = int(inside.sum())
+        x = predicted[inside].mean().item()
+        y = won[inside].mean().item()
+        gap += n / len(lead) * abs(x - y)
+        lines += f"    predicted {x:.3f}, won {y:.3f} of {n} pairs\n"
+    return gap, lines
+
+
+def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, reference=None):
+    """How a policy does on held-out rows with "ids": a greedy response to each, and `samples` at
+    temperature 1 -> metrics, and the greedy responses as text.
+
+    greedy: accuracy by `score` of the greedy response, one that did not end being wrong; accuracy:
+    the same at temperature 1; pass@k, k = samples > 1: any of the samples is right; eos_rate and
+    length (in tokens, end token included) at temperature 1. Where `score` gives None for a row,
+    there are no accuracies. score: mean of the reward model's; kl: mean of log π/π_ref summed over
+    a response, in nats; both of the first sample per prompt. The random numbers are its own:
+    evaluating changes nothing in a training run, and is the same before and after.
+    """
+    if not rows:
+        return {}, []
+    generator = torch.Generator(policy.device).manual_seed(0)
+    longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
+    size = max(1, EVAL_BATCH_TOKENS // (samples * longest))                 # prompts at a time
+    has_answers = all(checked_score(score, row, "", need=False) is not None for row in rows)
+
+    def is_right(row, text):
+        return has_answers and text is not None and checked_score(score, row, text) > 0
+
+    greedy, right, ended, length, greedy_texts, extra = [], [], [], [], [], MetricMean()
+    for i in range(0, len(rows), size):
+        chunk = rows[i:i + size]
+        prompts = [row["ids"] for row in chunk]
+        tokens, mask, _ = policy.generate(prompts, 1, cfg.max_new_tokens, temperature=0.0)
+        texts = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
+        greedy += [is_right(row, text) for row, text in zip(chunk, texts)]
+        greedy_texts += texts
+
+        tokens, mask, _ = policy.generate(prompts, samples, cfg.max_new_tokens, generator=generator)
+        texts = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
+        right += [is_right(chunk[k // samples], text) for k, text in enumerate(texts)]
+        ended += [text is not None for text in texts]
+        length += mask.sum(1).tolist()
+
+        tokens, mask_cpu, texts = tokens[::samples], mask[::samples].cpu(), texts[::samples]
+        if reward_model is not None:
+            reward, _ = compute_reward(cfg, reward_model, score, chunk, tokens, mask_cpu, texts)
+            extra.add({"score": reward.mean()}, len(chunk))
+        if reference is not None:
+            logp = compute_logp(policy, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
+            ref_logp = compute_logp(reference, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
+            extra.add({"kl": (logp - ref_logp).sum(1).mean()}, len(chunk))
+
+    metrics = {}
+    if has_answers:
+        right = torch.tensor(right, dtype=torch.float32).view(-1, samples)
+        metrics["greedy"] = sum(greedy) / len(greedy)
+        metrics["accuracy"] = right.mean().item()
+        if samples > 1:
+            metrics[f"pass@{samples}"] = right.amax(1).mean().item()
+    metrics["eos_rate"] = sum(ended) / len(ended)
+    metrics["length"] = sum(length) / len(length)
+    return metrics | extra.read(), greedy_texts

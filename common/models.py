@@ -1,0 +1,114 @@
+"""
+What a script starts from: its device and its models.
+"""
+import copy
+import os
+import subprocess
+import sys
+
+import torch
+
+from common.checkpoint import load, read_checkpoint
+from common.flags import check_limits
+from common.tokenizer import InputError, chat_by_default, make_tokenizer
+from common.train import configure_blocks, freeze
+from model import GPT, GPTConfig, ScalarModel
+
+
+def setup(cfg):
+    """Check the flags, seed torch, and return the device: cuda, else mps, else cpu."""
+    check_limits(cfg)
+    torch.manual_seed(cfg.seed)
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)   # it plans anew for every shape, and ours vary
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def ensure_checkpoint(folder, script, default, seed, *flags):
+    """Run the script that makes the checkpoint in `folder`, if `folder` is the default one and the
+    checkpoint is missing or unfinished."""
+    exists = os.path.exists(os.path.join(folder, "ckpt.pt"))
+    unfinished = exists and not read_checkpoint(folder).get("finished")
+    if folder != default or exists and not unfinished:
+        return
+    state = "is unfinished" if unfinished else "does not exist"
+    print(f"{folder} {state}: running {script} first", flush=True)
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    more = ["--resume"] if unfinished else ["--seed", str(seed), *flags]
+    child = subprocess.Popen([sys.executable, os.path.join(root, script), "--out", folder, *more])
+    try:
+        failed = child.wait()
+    except KeyboardInterrupt:                          # wait until it has saved
+        if os.name == "posix":
+            child.terminate()                      # a scheduler may have signalled this script only
+        child.wait()
+        raise KeyboardInterrupt("the same command goes on from what is saved") from None
+    if failed:
+        raise InputError(f"{script} failed, see above; {folder} is needed here")
+
+
+def load_policy(cfg, device):
+    """The policy in --init and its tokenizer. Runs sft.py first if the default one is missing."""
+    if not cfg.data:
+        ensure_checkpoint(cfg.init, "sft.py", type(cfg).init, cfg.seed)
+    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+    configure_blocks(policy, cfg.gradient_checkpointing, cfg.compile)
+    return policy, tokenizer
+
+
+def load_or_create_model(cfg, device):
+    """The model in --init, or a new one of the shape in the flags, and its tokenizer."""
+    if cfg.init:
+        model, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+        for name in ("block_size", "n_layer", "n_embd", "n_head"):
+            ours, its = getattr(cfg, name), getattr(model.cfg, name)
+            if ours not in (getattr(type(cfg), name), its):
+                raise InputError(f"--{name} {ours}: {cfg.init} has {its}, which stays")
+        if cfg.tokenizer not in (type(cfg).tokenizer, tokenizer.name):
+            raise InputError(f"--tokenizer {cfg.tokenizer}: {cfg.init} has its own, which stays")
+    else:
+        turns = chat_by_default(cfg.chat, False, cfg.system)
+        tokenizer = make_tokenizer(cfg.tokenizer, turns, cfg.system)
+        if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
+            raise InputError(f"--n_embd {cfg.n_embd} --n_head {cfg.n_head}: a head needs an even "
+                             "whole number of channels")
+        stop_token_ids = tokenizer.end, tokenizer.special[tokenizer.turn_end]
+        model = GPT(GPTConfig(vocab_size=tokenizer.n_vocab, block_size=cfg.block_size,
+                              n_layer=cfg.n_layer, n_embd=cfg.n_embd, n_head=cfg.n_head,
+                              stop_token_ids=stop_token_ids)).to(device)
+    configure_blocks(model, cfg.gradient_checkpointing, cfg.compile)
+    return model, tokenizer
+
+
+def load_reward_model(cfg, policy, tokenizer):
+    """The frozen reward model in --reward, which must fit the policy; None for "rule". Runs
+    reward.py first where the default one is missing."""
+    if cfg.reward == "rule":
+        return None
+    if not cfg.data and cfg.init == type(cfg).init:
+        ensure_checkpoint(cfg.reward, "reward.py", "out/reward", cfg.seed)
+    model, own = load(cfg.reward, policy.device, "ScalarModel")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise InputError(f"--reward {cfg.reward}: its weights are not finite")
+    for name, theirs, ours in (
+            ("tokenizer", own.name, tokenizer.name),
+            ("chat", own.turns, tokenizer.turns),
+            ("system line", own.system, tokenizer.system),
+            ("n_embd", model.trunk.cfg.n_embd, policy.cfg.n_embd),
+            ("block_size", model.trunk.cfg.block_size, policy.cfg.block_size)):
+        if theirs != ours:
+            raise InputError(f"--reward {cfg.reward}: made for {name} {theirs}, and the policy has "
+                             f"{ours}; make one by reward.py --init {cfg.init}")
+    return freeze(model)
+
+
+def make_critic(cfg, policy, reward_model):
+    """The critic starts as the reward model; under the rule as the policy, with a head of zeros."""
+    if reward_model is None:
+        critic = ScalarModel(copy.deepcopy(policy)).to(policy.device)
+    else:
+        critic = copy.deepcopy(reward_model)
+    critic.float().requires_grad_(True)
+    configure_blocks(critic.trunk, cfg.gradient_checkpointing, cfg.compile)
+    return critic

@@ -1,0 +1,163 @@
+"""
+Preferences: pairs of a better and a worse response, and rankings of several.
+"""
+import math
+import os
+from collections import Counter
+
+from common.data import filter_rows, read_rows, require_text, split_rows
+from common.tokenizer import InputError, encode_response
+
+
+def read_preferences(path):
+    r"""JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one per pair.
+
+    Read are pairs, perhaps with a number "margin"; pairs without "prompt", which are dialogues as
+    in HH-RLHF, split after the last "\n\nAssistant:"; and {"prompt", "responses": [best, ...,
+    worst]}, perhaps with "ranks", as all the pairs that it implies. Pairs that say nothing are
+    dropped and counted."""
+    rows = []
+    for row in read_rows(path):
+        if "responses" in row:
+            rows += ranking_to_pairs(row)
+        elif "prompt" not in row:
+            rows.append(split_dialogue(row))
+        else:
+            rows.append(row)
+    for row in rows:
+        require_text(row, "prompt", "chosen", "rejected")
+        margin = row.get("margin", 0)
+        if type(margin) not in (int, float) or not math.isfinite(margin):
+            raise InputError(f'{row["_line"]}: field "margin" must be a number')
+
+    def repeats_prompt(row):
+        prompt = row["prompt"]
+        return row["chosen"].startswith(prompt) and row["rejected"].startswith(prompt)
+
+    if all(repeats_prompt(row) for row in rows):       # a habit of the file, not of one response
+        for row in rows:
+            row["chosen"] = row["chosen"].removeprefix(row["prompt"])
+            row["rejected"] = row["rejected"].removeprefix(row["prompt"])
+
+    def same_prompt(row):
+        return row["prompt"] == row.get("_prompt_of_rejected", row["prompt"])
+
+    def has_text(row):
+        return row["prompt"].strip() and row["chosen"].strip() and row["rejected"].strip()
+
+    def differs(row):
+        return row["chosen"] != row["rejected"]
+
+    rows = filter_rows(rows, same_prompt, "the two prompts differ")
+    rows = filter_rows(rows, has_text, "a text is empty")
+    return filter_rows(rows, differs, "its responses are equal, all tie or repeat")
+
+
+def ranking_to_pairs(row):
+    """All the pairs of {"prompt", "responses", "ranks"}; one pair of equal texts, which is dropped
+    later, where there is none."""
+    texts = row["responses"]
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(x, str) for x in texts):
+        raise InputError(f'{row["_line"]}: field "responses" must be a list of two texts or more, '
+                         'the best first')
+    ranks = row.get("ranks")
+    if ranks is None:
+        ranks = list(range(len(texts)))
+    fits = isinstance(ranks, list) and len(ranks) == len(texts)
+    if not fits or not all(type(rank) is int for rank in ranks):
+        raise InputError(f'{row["_line"]}: field "ranks" must be a list of whole numbers, one for '
+                         'each response')
+    pairs = better_worse(texts, ranks)
+    if not pairs or len(set(texts)) < len(texts):
+        pairs = [(texts[0], texts[0])]
+    rest = {name: x for name, x in row.items() if name not in ("responses", "ranks")}
+    return [rest | {"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+
+
+def split_dialogue(row):
+    """HH-RLHF's pair of whole dialogues -> prompt, chosen, rejected; any other row as it is."""
+    last = "\n\nAssistant:"
+    chosen, rejected = str(row.get("chosen")), str(row.get("rejected"))
+    if last not in chosen or last not in rejected:
+        return row
+    prompt, _, chosen = chosen.rpartition(last)
+    other, _, rejected = rejected.rpartition(last)
+    return row | {"prompt": prompt + last, "chosen": chosen, "rejected": rejected,
+                  "_prompt_of_rejected": other + last}
+
+
+def better_worse(items, ranks):
+    """Every (better, worse) of a ranking, rank 0 the best; ties make no pair."""
+    pairs = []
+    for better, i in zip(items, ranks):
+        for worse, j in zip(items, ranks):
+            if i < j:
+                pairs.append((better, worse))
+    return pairs
+
+
+def load_pairs(path, test_path, tokenizer, block_size):
+    """Pairs to train on, to validate on and to report on, each with the "tokens" of prompt,
+    response and end token and the "mask" of its two responses, the chosen one first."""
+    def fits(row):
+        return max(len(ids) for ids in row["tokens"]) <= block_size
+
+    rows = read_preferences(path)
+    splits = split_rows(rows, read_preferences(test_path) if test_path else None)
+    for row in [row for pairs in splits for row in pairs]:
+        chosen = encode_response(tokenizer, row, row["chosen"])
+        rejected = encode_response(tokenizer, row, row["rejected"])
+        row["tokens"], row["mask"] = zip(chosen, rejected)
+    reason = f"a response is longer than the model's {block_size} tokens"
+    return [filter_rows(pairs, fits, reason, need=pairs is splits[0]) for pairs in splits]
+
+
+def pairs_to_rankings(pairs):
+    """Pairs -> rows with "responses", best first, and their "ranks". The pairs of a prompt make one
+    row where they are all the pairs of one ranking; else, or with margins, each is a row."""
+    by_prompt = {}
+    for pair in pairs:
+        by_prompt.setdefault(pair["prompt"], []).append(pair)
+    has_margins = any("margin" in pair for pair in pairs)
+    rows = []
+    for group in by_prompt.values():
+        given = {(pair["chosen"], pair["rejected"]) for pair in group}
+        beaten = Counter(rejected for _, rejected in given)     # by how many others
+        texts = {text for pair in given for text in pair}
+        texts = sorted(texts, key=lambda text: (beaten[text], text))
+        levels = Counter(beaten[text] for text in texts)
+        ties = sum(n * (n - 1) // 2 for n in levels.values())
+        complete = len(given) == len(texts) * (len(texts) - 1) // 2 - ties
+        consistent = all(beaten[chosen] < beaten[rejected] for chosen, rejected in given)
+        if complete and consistent and not has_margins:
+            rows.append(group[0] | {"responses": texts, "ranks": [beaten[text] for text in texts]})
+        else:
+            for pair in group:
+                responses = [pair["chosen"], pair["rejected"]]
+                rows.append(pair | {"responses": responses, "ranks": [0, 1]})
+    return rows
+
+
+def tokenize_rankings(pairs, tokenizer, block_size, need=True):
+    """Rankings, each response with the "tokens" of prompt, response and end token, and "mask"."""
+    def fits(row):
+        return max(len(ids) for ids in row["tokens"]) <= block_size
+
+    rows = pairs_to_rankings(pairs)
+    for row in rows:
+        encoded = [encode_response(tokenizer, row, text) for text in row["responses"]]
+        row["tokens"], row["mask"] = zip(*encoded)
+    reason = f"a response is longer than the model's {block_size} tokens"
+    return filter_rows(rows, fits, reason, need)
+
+
+def load_reference_responses(cfg, tokenizer, block_size, rows):
+    """Tokens and masks whose mean score is set to 0: the demonstrations that sft.py left in --init,
+    or the chosen responses if there are none."""
+    path = os.path.join(cfg.init, "demonstrations.jsonl")
+    demonstrations = read_rows(path, "prompt", "response") if os.path.exists(path) else []
+    encoded = [encode_response(tokenizer, row, row["response"]) for row in demonstrations]
+    encoded = [(tokens, mask) for tokens, mask in encoded if len(tokens) <= block_size]
+    if not encoded:
+        encoded = [(row["tokens"][0], row["mask"][0]) for row in rows[:500]]
+    return encoded

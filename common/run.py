@@ -1,0 +1,349 @@
+"""
+A run from its first step to its last: early stopping, and what it leaves behind.
+
+    out/NAME/   config.json   metrics.jsonl   ckpt.pt   samples.txt   curves.png
+"""
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+
+import torch
+
+from common.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from common.flags import parse_config, script_name
+from common.hf import is_hf_folder
+from common.tokenizer import InputError
+
+# ----------------------------------------------------------------------------------- early stopping
+
+
+class EarlyStopping:
+    """Detects that a run has gone wrong, and by which rule. It keeps counts only, which a resumed
+    run computes again from its metrics."""
+
+    def __init__(self, max_kl=math.inf, patience=5, barren_patience=50, n_val=0):
+        """n_val: validation prompts, which give the noise of the validation accuracy."""
+        self.max_kl, self.n_val = max_kl, n_val
+        self.patience = {"kl": patience, "eos_rate": patience, "barren": barren_patience}
+        self.count = dict.fromkeys(self.patience, 0)
+        self.best, self.hacked = (0.0, 0.0), 0         # accuracy and score of the best evaluation
+
+    def check(self, m):
+        """The rule that this step's metrics break, or None. A metric that is absent breaks none."""
+        for name, x in m.items():
+            if not math.isfinite(x):
+                return f"{name} is {x}"
+        broken = {
+            "kl": m.get("kl_seq", 0) > self.max_kl,
+            "eos_rate": m.get("eos_rate", 1) < .05,
+            "barren": m.get("pass_at_g", 1) == 0 and m.get("frac_zero_std", 1) == 1,
+        }
+        for name in self.count:
+            self.count[name] = self.count[name] + 1 if broken[name] else 0
+        if self.count["kl"] >= self.patience["kl"]:
+            return (f"KL to the reference above {self.max_kl} nats per response for "
+                    f"{self.count['kl']} steps")
+        if self.count["eos_rate"] >= self.patience["eos_rate"]:
+            return f"fewer than 5% of responses ended, for {self.count['eos_rate']} steps"
+        if self.count["barren"] >= self.patience["barren"]:
+            return (f"no response was right for {self.count['barren']} steps: there is nothing to "
+                    "learn from")
+        if self.n_val and "val_accuracy" in m and "val_score" in m:
+            return self.check_over_optimisation(m["val_accuracy"], m["val_score"])
+        return None
+
+    def check_over_optimisation(self, accuracy, score):
+        """Score rises while accuracy falls by two standard errors, at two evaluations in a row."""
+        best, its_score = self.best
+        noise = 2 * math.sqrt((best * (1 - best) + accuracy * (1 - accuracy)) / self.n_val)
+        self.hacked = self.hacked + 1 if accuracy < best - noise and score > its_score else 0
+        self.best = max(self.best, (accuracy, score))
+        if self.hacked < 2:
+            return None
+        return (f"the reward model's score rose from {its_score:.2f} to {score:.2f} while held-out "
+                f"accuracy fell from {best:.3f} to {accuracy:.3f}: the policy exploits the model")
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+
+class Run:
+    """The folder of a run, new or resumed.
+
+    splits: rows to train on, to validate on and to report on. columns: the metrics that are shown
+    on the screen. modules: further models whose weights belong to the checkpoint, by name. step:
+    steps that are done. state: what the checkpoint keeps besides; a script reads it after --resume.
+    """
+
+    def __init__(self, cfg, steps, model, optimizer, tokenizer, splits, columns, **modules):
+        name = script_name(type(cfg)).split()[0].lower()
+        n_params = sum(p.numel() for p in model.parameters())
+        n_train, n_val, n_test = (len(rows) for rows in splits)
+        device = next(model.parameters()).device
+        print(f"{name}: {n_params:,} parameters on {device.type}, {n_train:,} rows to train on, "
+              f"{n_val:,} to validate on, {n_test:,} to report on")
+        self.out, self.cfg, self.steps, self.columns = cfg.out, cfg, steps, columns.split()
+        self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
+        self.modules = modules
+        self.early_stopping = None
+        if cfg.early_stopping:
+            max_kl = cfg.max_kl if hasattr(cfg, "max_kl") else math.inf
+            self.early_stopping = EarlyStopping(max_kl, n_val=n_val)
+        self.step, self.state, self.rows = 0, {"data_hash": hash_rows(splits)}, []
+        self.clock, self.interrupted, self.lines = None, False, 0
+        self.is_new = not cfg.resume
+        if cfg.resume:
+            self.restore(read_checkpoint(self.out))
+        try:
+            self.open()
+        except OSError as e:
+            raise InputError(f"{self.out}: cannot write here ({e.strerror})") from None
+
+    def restore(self, data):
+        """Weights, moments and random state as they were at the checkpoint."""
+        if not {"step", "state", "optimizer", "rng", "modules"} <= data.keys():
+            raise InputError(f"{self.out}: its checkpoint holds a model only; start a run with "
+                             f"--init {self.out}")
+        if data["state"]["data_hash"] != self.state["data_hash"]:
+            raise InputError(f"{self.out}: this run began with other data than --data has now")
+        load_weights(self.model, data["model"], f"{self.out}: the flags do not fit its checkpoint")
+        for name, module in self.modules.items():
+            module.load_state_dict(data["modules"][name])
+        self.optimizer.load_state_dict(data["optimizer"])
+        torch.set_rng_state(data["rng"])
+        if torch.cuda.is_available() and "rng_cuda" in data:
+            torch.cuda.set_rng_state(data["rng_cuda"])
+        self.step, self.state = data["step"], data["state"]
+
+    def path(self, name):
+        return os.path.join(self.out, name)
+
+    def open(self):
+        """A resumed run drops the metrics of steps after its checkpoint. A new run starts with an
+        empty folder: an earlier one is renamed, never overwritten."""
+        if not self.is_new:
+            self.rows = self.read_metrics()
+            self.write_rows("metrics.jsonl", self.rows)
+            for row in self.rows if self.early_stopping else []:
+                self.early_stopping.check(row)
+        elif is_hf_folder(self.out):
+            raise InputError(f"--out {self.out}: a model that no run made is there; name another "
+                             "folder")
+        elif os.path.exists(self.path("config.json")):
+            n = 1
+            while os.path.exists(f"{self.out}.{n}"):
+                n += 1
+            os.replace(self.out, f"{self.out}.{n}")
+            print(f"{self.out}: the earlier run is kept as {self.out}.{n}")
+        os.makedirs(self.out, exist_ok=True)
+        settings = {"script": script_name(type(self.cfg)), "pretrained": bool(self.tokenizer.files)}
+        settings |= asdict(self.cfg) | {"resume": False}
+        self.write("config.json", json.dumps(settings, indent=2))
+        self.metrics_file = open(self.path("metrics.jsonl"), "a", buffering=1, encoding="utf-8")
+
+    def read_metrics(self):
+        """The rows of metrics.jsonl up to the checkpoint; a torn last line is dropped."""
+        path = self.path("metrics.jsonl")
+        if not os.path.exists(path):
+            return []
+        try:
+            with open(path, encoding="utf-8") as f:
+                rows = [json.loads(line) for line in f if line.endswith("\n")]
+            return [row for row in rows if row["step"] <= self.step]
+        except (ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{path}: not the metrics of a run ({type(e).__name__})") from None
+
+    def write(self, name, text):
+        """A whole text file, atomically."""
+        with open(self.path(name + ".tmp"), "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(self.path(name + ".tmp"), self.path(name))
+
+    def write_rows(self, name, rows):
+        """JSON lines, as read_rows reads them."""
+        self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    # ------------------------------------------------------------------------------------ the steps
+
+    def remaining_steps(self):
+        return range(self.step + 1, self.steps + 1)
+
+    def is_eval_step(self, step):
+        return step == self.steps or step % self.cfg.eval_every == 0
+
+    def end_step(self, step, metrics):
+        """Log, stop early if a rule is broken, and save at every evaluation, at the last step and
+        after Ctrl-C."""
+        reason = self.log(step, metrics)
+        self.step = step
+        if reason:
+            self.stop_early(reason)
+        if self.interrupted or self.is_eval_step(step):
+            self.save()
+        if self.interrupted:
+            raise KeyboardInterrupt(f"step {step} is saved, --resume goes on from it")
+        if step == self.steps:                         # nothing is left to be saved
+            self.set_signal_handler(self.on_signal, signal.default_int_handler)
+
+    def log(self, step, metrics):
+        """A line of metrics.jsonl and a line on the screen. Returns the rule that is broken."""
+        memory = memory_gb()
+        row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
+        self.rows.append(row)
+        self.metrics_file.write(json.dumps(row) + "\n")
+        if self.lines % 20 == 0:                       # the names again
+            names = [f"{name:>6}" for name in self.columns]
+            print("  ".join([f"{'step':<9}", *names, "mem_gb", "left"]))
+        self.lines += 1
+        cells = [f"{step:4}/{self.steps:<4}"]
+        for name in self.columns:
+            cell = format_number(row[name]) if name in row else ""
+            cells.append(f"{cell:>{max(6, len(name))}}")
+        cells.append(f"{memory:6.1f}")
+        if self.clock is None:                      # the time left is known from the second line on
+            self.clock = step, time.perf_counter()
+            self.set_signal_handler(signal.default_int_handler, self.on_signal)
+        else:
+            first, start = self.clock
+            left = int((time.perf_counter() - start) / (step - first) * (self.steps - step))
+            cells.append(f"{left // 60}:{left % 60:02}")
+        print("  ".join(cells), flush=True)
+        return self.early_stopping and self.early_stopping.check(row)
+
+    def save(self, name="ckpt.pt"):
+        """All that `restore` needs to go on from here."""
+        more = {}
+        if torch.cuda.is_available():
+            more["rng_cuda"] = torch.cuda.get_rng_state()
+        modules = {name: module.state_dict() for name, module in self.modules.items()}
+        save_checkpoint(
+            self.out, self.model, self.tokenizer, name, step=self.step,
+            finished=self.step == self.steps, optimizer=self.optimizer.state_dict(),
+            rng=torch.get_rng_state(), state=self.state, modules=modules, **more)
+
+    def stop_early(self, reason):
+        """The state now goes to stopped.pt, the last good checkpoint stays, and the run ends."""
+        self.save("stopped.pt")
+        good = self.path("ckpt.pt") if os.path.exists(self.path("ckpt.pt")) else "not there yet"
+        raise InputError(f"stopped early at step {self.step}: {reason}; the last good checkpoint "
+                         f"is {good}, the state now is {self.path('stopped.pt')}; --early_stopping "
+                         "false runs on")
+
+    def set_signal_handler(self, old, new):
+        """Ctrl-C and a scheduler's SIGTERM call `new`, where they would have called `old`."""
+        if threading.current_thread() is threading.main_thread():      # Python's rule
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) == old:
+                    signal.signal(number, new)
+
+    def on_signal(self, number, frame):
+        """`end_step` saves and ends the run; the same signal again ends it at once."""
+        signal.signal(number, signal.default_int_handler)
+        self.interrupted = True
+        print("\ninterrupted: this step is finished and saved first; once more ends it at once",
+              file=sys.stderr)
+
+    # -------------------------------------------------------------------------------------- the end
+
+    def report(self, rows, before, after):
+        """The end of a run: metrics and greedy responses on held-out rows, before -> after. before
+        and after are what `evaluate` returned."""
+        print(f"\n{len(rows)} held-out prompts, before -> after")
+        print_before_after(before[0], after[0])
+        for title, (_, texts) in (("before", before), ("after", after)):
+            if texts:
+                print(f"{title}\n" + self.write_samples(title, rows, texts))
+
+    def write_samples(self, title, rows, texts, n=3):
+        """Append a few prompts with their responses to samples.txt; returns them as text."""
+        text = ""
+        for row, response in list(zip(rows, texts))[:n]:
+            text += f"    {row['prompt']!r} -> {response!r}\n"
+        with open(self.path("samples.txt"), "a", encoding="utf-8") as f:
+            f.write(f"{title}\n{text}")
+        return text
+
+    def plot(self, *panels):
+        """curves.png: a panel for each string of metric names, where matplotlib is installed."""
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+        except ImportError:
+            print("pip install matplotlib to get curves.png")
+            return
+        size = (3.6 * len(panels), 2.8)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+        for axis, names in zip(axes, panels):
+            for name in names.split():
+                rows = [row for row in self.rows if name in row]
+                axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+            axis.set_xlabel("step")
+            axis.legend()
+        figure.savefig(self.path("curves.png"), dpi=120)
+        plt.close(figure)
+
+
+def hash_rows(splits):
+    """A resumed run refuses other data than it began with."""
+    digest = hashlib.sha256()
+    for rows in splits:
+        for row in rows:
+            fields = [(name, x) for name, x in sorted(row.items()) if not name.startswith("_")]
+            digest.update(repr(fields).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def memory_gb():
+    """Most memory held so far: the GPU's, or the process's. 0 where neither is known (Windows)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20    # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def format_number(x):
+    """At most six characters, so that the lines of a run stand in columns."""
+    if isinstance(x, int) or abs(x) >= 1000:
+        return f"{x:5.0f}"
+    if 0 < abs(x) < 0.001:
+        return f"{x:5.0e}"
+    return f"{x:5.3f}" if abs(x) < 10 else f"{x:5.1f}"
+
+
+def print_before_after(before, after):
+    """The table that ends a run; what was not measured before is blank there."""
+    for name, x in after.items():
+        old = f"{before[name]:.3f}" if name in before else ""
+        print(f"    {name:14} {old:>7} -> {x:.3f}")
+
+
+def prefixed(prefix, metrics):
+    """{"greedy": x} -> {"val_greedy": x}"""
+    return {prefix + name: x for name, x in metrics.items()}
+
+
+def main(train, Config):
+    """What `python script.py` does: parse, train, and end in one line if the input was invalid."""
+    name = os.path.basename(sys.argv[0])
+    what_stands = "what was saved before stands, see --resume"
+    sys.stdout.reconfigure(errors="backslashreplace")       # a log file in an old encoding has no ε
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's Ctrl-C
+    try:
+        train(parse_config(Config))
+    except InputError as e:
+        sys.exit(f"{name}: {e}")
+    except OSError as e:                                      # a full disk, a folder that went away
+        sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; {what_stands}")
+    except KeyboardInterrupt as e:
+        sys.exit(f"\n{name}: interrupted; {str(e) or what_stands}")

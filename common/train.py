@@ -1,0 +1,353 @@
+"""
+What a training loop calls: batches and micro-batches, log-probs and rewards of a whole rollout,
+optimisers and learning rates. What a paper shows is in the scripts.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common.tokenizer import InputError, decode_responses
+from common.verifier import checked_score, states_number
+from model import BF16_DEVICES, LinearLogp, autocast
+
+EVAL_BATCH_TOKENS = 2 ** 17       # tokens that evaluation keeps in the KV cache at a time
+
+
+# ----------------------------------------------------------------------- batches and micro-batches
+
+
+def batches(rows, size, seed, start=0):
+    """Endless batches of `size` rows. Each epoch is shuffled by (seed, epoch) alone, so that a
+    resumed run skips `start` batches and goes on."""
+    def shuffled(epoch):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return torch.randperm(len(rows), generator=generator).tolist()
+
+    epoch, i = divmod(start * size, len(rows))
+    order = shuffled(epoch)
+    while True:
+        while len(order) < i + size:
+            epoch += 1
+            order = order[i:] + shuffled(epoch)
+            i = 0
+        yield [rows[k] for k in order[i:i + size]]
+        i += size
+
+
+def pad_batch(sequences, masks):
+    """Lists of token ids and of 0/1 -> tokens (B, T) int64, mask (B, T), right-padded with 0."""
+    T = max(len(ids) for ids in sequences)
+    tokens = torch.tensor([list(ids) + [0] * (T - len(ids)) for ids in sequences])
+    mask = torch.tensor([list(m) + [0] * (T - len(m)) for m in masks], dtype=torch.float32)
+    return tokens, mask
+
+
+def pad_pairs(rows):
+    """tokens, mask (P, 2, T) of pairs, the chosen response first."""
+    tokens = [ids for row in rows for ids in row["tokens"]]
+    mask = [m for row in rows for m in row["mask"]]
+    tokens, mask = pad_batch(tokens, mask)
+    return tokens.view(len(rows), 2, -1), mask.view(len(rows), 2, -1)
+
+
+def pad_rankings(batch, K):
+    """tokens, mask (P, K, T) and ranks (P, K) of rows with up to K responses; a missing one has
+    rank -1 and an empty mask."""
+    tokens, masks, ranks = [], [], []
+    for row in batch:
+        missing = K - len(row["ranks"])
+        tokens += [*row["tokens"]] + [[0]] * missing
+        masks += [*row["mask"]] + [[0]] * missing
+        ranks += row["ranks"] + [-1] * missing
+    tokens, mask = pad_batch(tokens, masks)
+    P = len(batch)
+    return tokens.view(P, K, -1), mask.view(P, K, -1), torch.tensor(ranks).view(P, K)
+
+
+def default_micro_batch_tokens(device):
+    """On a CPU small pieces cost little and save pads: a seventh of an SFT step."""
+    return 1024 if device.type == "cpu" else 16384
+
+
+def micro_batches(mask, rows, micro_batch_tokens, device):
+    """Cut `rows` of a batch into pieces of at most micro_batch_tokens tokens, rows of like length
+    together and trimmed to their width.
+
+    mask (B, T), or (B, K, T) where a row is K sequences that stay together, on the CPU; rows (b,).
+    Yields rows, width, index: the rows of a piece, its width, and the flat positions of the mask in
+    tokens[rows, ..., :width], which token_logp takes instead of the mask. All is computed on the
+    CPU, so that nothing waits for the GPU. micro_batch_tokens 0: by device.
+    """
+    budget = micro_batch_tokens or default_micro_batch_tokens(device)
+    chosen = mask.view(len(mask), -1, mask.size(-1))[rows] > 0              # (b, K, T)
+    column = torch.arange(1, mask.size(-1) + 1)
+    width = (chosen * column).amax((1, 2)).clamp(min=1)                   # (b,)  last chosen column
+    width, order = width.sort(stable=True)
+    rows, chosen = rows[order], chosen[order]
+    while len(rows):
+        cost = width * chosen.size(1) * torch.arange(1, len(rows) + 1)  # of the first n rows
+        n = max(1, int((cost <= budget).sum()))
+        t = int(width[n - 1])
+        index = F.pad(chosen[:n, :, 1:t], (1, 0)).flatten().nonzero()[:, 0]
+        yield to_device(rows[:n], device), t, to_device(index, device)
+        rows, chosen, width = rows[n:], chosen[n:], width[n:]
+
+
+def to_device(x, device):
+    """A copy that does not wait for the GPU: from pinned memory, on CUDA."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def fill_batch(generations, keep, prompts, group_size):
+    """A batch of `prompts` groups out of several generations, each a tuple of tensors (b G, T), of
+    any width T, or (b G,). keep: which groups of all of them are informative -> the same tensors
+    for the informative groups and, if they are too few, the first of the others."""
+    groups = keep.int().argsort(descending=True, stable=True)[:prompts].sort()[0]  # (prompts,)
+    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
+    T = max(x.size(1) for generation in generations for x in generation if x.dim() == 2)
+    batch = []
+    for parts in zip(*generations):
+        if parts[0].dim() == 2:
+            parts = [F.pad(x, (0, T - x.size(1))) for x in parts]
+        batch.append(torch.cat(parts)[rows.to(parts[0].device)])
+    return batch
+
+
+# ------------------------------------------------- log-probs, values and rewards of a whole rollout
+
+
+@torch.no_grad()
+def compute_logp(model, tokens, mask, temperature=1.0, micro_batch_tokens=0):
+    """token_logp of a whole rollout without gradient, in pieces. tokens (B, T), mask (B, T) on the
+    CPU -> logp (B, T)."""
+    dtype = torch.promote_types(model.unembedding.dtype, torch.float32)
+    logp = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
+    every_row = torch.arange(len(tokens))
+    for rows, width, index in micro_batches(mask, every_row, micro_batch_tokens, tokens.device):
+        with autocast(tokens.device):
+            logp[rows, :width], _ = model.token_logp(tokens[rows, :width], None, temperature, index)
+    return logp
+
+
+@torch.no_grad()
+def compute_values(model, tokens, mask, micro_batch_tokens=0):
+    """value (B, T) and score (B,) of a ScalarModel for a whole rollout without gradient, in pieces.
+    mask (B, T) on the CPU."""
+    value = torch.zeros(tokens.shape, device=tokens.device, dtype=model.head.weight.dtype)
+    score = value.new_zeros(len(tokens))
+    mask_dev = mask.to(tokens.device)
+    every_row = torch.arange(len(tokens))
+    for rows, width, _ in micro_batches(mask, every_row, micro_batch_tokens, tokens.device):
+        with autocast(tokens.device):
+            piece = model.value_and_score(tokens[rows, :width], mask_dev[rows, :width])
+        value[rows, :width], score[rows] = piece
+    return value, score
+
+
+def compute_reward(cfg, reward_model, score, rows, tokens, mask, responses):
+    """The reward of every response, (B,), and whether it is right, (B,), None where a row does not
+    say what is right; both on the CPU, as mask (B, T) is. rows: of the prompts.
+
+    The reward is the reward model's score, or that of the function `score` where reward_model is
+    None. A truncated response gets --truncated_reward, or the lowest reward of the batch if that is
+    lower, so that it never scores above a wrong one."""
+    group_size = len(responses) // len(rows)
+    rows = [row for row in rows for _ in range(group_size)]                 # one per response
+    ended = torch.tensor([text is not None for text in responses])
+    correct = [checked_score(score, row, text or "", need=reward_model is None)
+               for row, text in zip(rows, responses)]
+    if None in correct:
+        correct = None
+    else:
+        correct = torch.where(ended, torch.tensor(correct), 0.0)
+    if reward_model is None:
+        reward = correct
+        if cfg.format_reward:
+            form = [float(states_number(text or "")) for text in responses]
+            reward = reward + cfg.format_reward * torch.tensor(form)
+    else:
+        reward = compute_values(reward_model, tokens, mask, cfg.micro_batch_tokens)[1].cpu()
+    if not reward[ended].isfinite().all():
+        raise InputError(f"--reward {cfg.reward}: it gave a response a score that is not finite")
+    lowest = min([cfg.truncated_reward, *reward[ended].tolist()])
+    return torch.where(ended, reward, lowest), correct
+
+
+def measure_reward_std(cfg, policy, tokenizer, reward_model, score, rows):
+    """The standard deviation of the reward over responses to some of the rows; 1 if it is 0."""
+    longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
+    rows = rows[:min(512, max(2, EVAL_BATCH_TOKENS // longest))]
+    prompts = [row["ids"] for row in rows]
+    tokens, mask, _ = policy.generate(prompts, 1, cfg.max_new_tokens, cfg.temperature)
+    responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
+    reward, _ = compute_reward(cfg, reward_model, score, rows, tokens, mask.cpu(), responses)
+    return float(reward.std(correction=0)) or 1.0
+
+
+# ----------------------------------------------------------------------- models, memory, optimisers
+
+
+def freeze(model):
+    """No gradients. Where the forward is in bf16 anyway, matrices are stored in bf16: half of the
+    memory, the same products. Norms, biases and the scalar head stay float32."""
+    trunk = getattr(model, "trunk", model)
+    for p in trunk.parameters():
+        if p.dim() == 2 and p.device.type in BF16_DEVICES:
+            p.data = p.data.bfloat16()
+    return model.requires_grad_(False)
+
+
+def configure_blocks(model, gradient_checkpointing, compile):
+    """How the blocks of a trained model run. One is compiled for all blocks and for all lengths."""
+    model.gradient_checkpointing = gradient_checkpointing
+    if not compile:
+        return
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=model.device))
+    except Exception as e:                           # no C++ compiler, no Triton, an unknown device
+        print(f"--compile: torch.compile does not work here ({type(e).__name__})")
+        return
+    for block in model.blocks:
+        block.compile(dynamic=True)
+
+
+def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0, rollout_tokens=0):
+    """Print what a run will hold, and return it: {part: bytes}.
+
+    frozen may contain None. rollout_tokens are in the KV cache at once. Activations are those of
+    one micro-batch of the largest model: per token, the input of every norm and product of a block,
+    or only the block's input where it is recomputed. Generation and update never overlap, so
+    their peaks do not add up.
+    """
+    def trunk(model):
+        return getattr(model, "trunk", model)
+
+    def size(model):
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+
+    bf16 = device.type in BF16_DEVICES
+    e = 2 if bf16 else 4                               # bytes per activation
+    cfg = trunk(trained[0]).cfg
+    budget = micro_batch_tokens or default_micro_batch_tokens(device)
+    C, D, H, K, M = cfg.n_embd, cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.intermediate_size
+    norms = 2 * C * (8 if cfg.norm == "rms" else 4)    # RMSNorm also keeps its normalised input
+    heads = (3 if cfg.positions == "rope" else 2) * (H + K) * D             # q, k, v and the result
+    hidden = (4 if cfg.mlp == "swiglu" else 2) * M
+    block = norms + e * (2 * C + heads + hidden) + (H + K) * D * cfg.qk_norm * (12 - 2 * e)
+    if trunk(trained[0]).gradient_checkpointing:
+        kept = cfg.n_layer * 4 * C + block
+    else:
+        kept = cfg.n_layer * block
+
+    moments = 0
+    for part in optimizer.parts:
+        copies = 1 if isinstance(part, torch.optim.Muon) else 2
+        for group in part.param_groups:
+            moments += sum(p.numel() * 4 * copies for p in group["params"])
+    weights = sum(size(model) for model in trained)
+    plan = {
+        "weights": weights,
+        "gradients": weights,
+        "moments": moments,
+        "frozen": sum(size(model) for model in frozen if model is not None),
+        "bf16 copies": size(trained[0]) // 2 if bf16 else 0,
+        "cache": max(rollout_tokens, EVAL_BATCH_TOKENS) * 2 * cfg.n_layer * K * D * e,
+        "activations": budget * (norms // 2 + kept),
+        "logits": 2 * 4 * LinearLogp.TILE[device.type] + cfg.vocab_size * C * (6 if bf16 else 4),
+    }
+    peak = sum(plan.values()) - min(plan["cache"], plan["activations"])
+    unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
+    parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
+    line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        line += f" of {total / scale:.1f}"
+        if peak > total:
+            line += ": too much; try --gradient_checkpointing and "
+            line += f"--micro_batch_tokens {budget // 4}"
+    print(line)
+    return plan
+
+
+class Optimizers:
+    """Several optimisers that step as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+        for group in self.param_groups:
+            group["peak"] = group["lr"]
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return [part.state_dict()["state"] for part in self.parts]
+
+    def load_state_dict(self, state):
+        """The moments only: learning rates and weight decay are those of this run's flags."""
+        fits = len(state) == len(self.parts)
+        for part, moments in zip(self.parts, state):
+            params = [p for group in part.param_groups for p in group["params"]]
+            for i, p in enumerate(params):
+                for x in moments.get(i, {}).values():
+                    fits = fits and (x.dim() == 0 or x.shape == p.shape)
+        if not fits:
+            raise InputError("the checkpoint was written with other optimisers (--muon_lr)")
+        for part, moments in zip(self.parts, state):
+            part.load_state_dict(part.state_dict() | {"state": moments})
+
+
+def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, betas=(0.9, 0.95), eps=1e-8):
+    """AdamW; matrices decay, vectors (norms, biases) and embeddings do not. With muon_lr the
+    matrices of the blocks are Muon's instead, which learns faster from scratch."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    muon, decayed, others = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if muon_lr and "blocks." in name and p.dim() == 2:
+            muon.append(p)
+        elif p.dim() == 2 and id(p) not in tables:
+            decayed.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    fused = others[0].device.type in ("cpu", "cuda")   # one kernel for all parameters
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    if not muon:
+        return Optimizers(adamw)
+    # match_rms_adamw: updates of AdamW's size, so that both share a learning rate and a decay
+    return Optimizers(adamw, torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay,
+                                              adjust_lr_fn="match_rms_adamw"))
+
+
+def set_lr(optimizer, step, steps, warmup=0, floor=0.0, linear=False):
+    """Set every group's rate to a share of its peak, for step 1 .. steps: linear warm-up, then half
+    a cosine, or a straight line, down to `floor`. Returns the first group's rate."""
+    if step <= warmup:
+        share = step / warmup
+    else:
+        if linear:
+            left = (steps + 1 - step) / max(1, steps - warmup)
+        else:
+            done = min(1.0, (step - warmup) / max(1, steps - warmup))
+            left = 0.5 * (1 + math.cos(math.pi * done))
+        share = floor + (1 - floor) * left
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["peak"]
+    return optimizer.param_groups[0]["lr"]

@@ -1,0 +1,427 @@
+"""
+The README's tables and figures: every algorithm and variant from the same SFT checkpoints over
+several seeds, measured on the 1,000 test prompts.
+
+    python experiments/compare.py      five seeds, about three hours on two CPU cores
+                                       -> out/compare, assets/
+    python experiments/compare.py --seeds 1 --tables algorithms
+
+Runs that are already in out/compare are not repeated; --jobs 2 trains two at a time on one thread
+each. Settings were chosen on the validation prompts; this reports on the test prompts.
+"""
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+import grpo  # noqa: E402
+import reward  # noqa: E402
+from common import load  # noqa: E402
+from common.data import running_sums, split_rows  # noqa: E402
+from common.evaluate import evaluate  # noqa: E402
+from common.preferences import read_preferences, tokenize_rankings  # noqa: E402
+from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
+from common.train import EVAL_BATCH_TOKENS  # noqa: E402
+from grpo import score  # noqa: E402
+
+PAIRS = "--data out/compare/reward_{seed}/preferences.jsonl"
+# as many responses and updates as the default, each update from the current policy
+FRESH = "--prompts 8 --steps 200 --warmup 12 --eval_every 40"
+# dapo.py without three of its changes
+BARE = "--clip_high 0.2 --max_generations 1 --overlong_cache 0"
+
+# name: command, to which --seed, --init and --out are added
+RUNS = {
+    "sft": "sft.py",
+    "reward": "reward.py",
+    "dpo": f"dpo.py {PAIRS}",
+    "ppo": "ppo.py --reward out/compare/reward_{seed}",
+    "ppo_rule": "ppo.py --reward rule",
+    "grpo": "grpo.py",
+    "dapo": "dapo.py",
+    "dpo_plain": f"dpo.py --sft_coef 0 {PAIRS}",
+    "dpo_slow": f"dpo.py --sft_coef 0 --lr 2e-5 {PAIRS}",
+    "ipo": f"experiments/variants.py ipo --lr 2e-5 {PAIRS}",
+    "chosen": f"dpo.py --beta 0 {PAIRS}",       # only SFT on the chosen responses is left
+    "reinforce": "experiments/variants.py reinforce --early_stopping false",
+    "baseline": "experiments/variants.py baseline --early_stopping false",
+    "rloo": "experiments/variants.py rloo --early_stopping false",
+    "drgrpo": "experiments/variants.py drgrpo --early_stopping false",
+    "gspo": "experiments/variants.py gspo --clip_eps 0.02",
+    "reinforce_fresh": f"experiments/variants.py reinforce {FRESH}",
+    "baseline_fresh": f"experiments/variants.py baseline {FRESH}",
+    "rloo_fresh": f"experiments/variants.py rloo {FRESH}",
+    "drgrpo_fresh": f"experiments/variants.py drgrpo {FRESH}",
+    "free_fresh": f"grpo.py --kl_beta 0 {FRESH}",
+    "grpo_free": "grpo.py --kl_beta 0",
+    "token_mean": f"dapo.py {BARE}",
+    "clip_higher": "dapo.py --max_generations 1 --overlong_cache 0",
+    "overlong": "dapo.py --max_generations 1",
+    # about as many responses as dapo.py samples, and all of them are trained on
+    "wide": "grpo.py --kl_beta 0 --prompts 128 --minibatch 256",
+    "group_2": "grpo.py --group_size 2 --prompts 128",
+    "group_32": "grpo.py --group_size 32 --prompts 8",
+    "one_update": "grpo.py --minibatch 256",
+    "four_epochs": "grpo.py --epochs 4",
+    "constant": "experiments/variants.py constant",
+}
+TABLES = {
+    "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
+    "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
+    "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
+    "chain": ["reinforce", "baseline", "rloo", "drgrpo", "grpo_free", "gspo", "grpo"],
+    "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "drgrpo_fresh", "free_fresh"],
+    "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs",
+                  "constant", "token_mean", "wide", "dapo"],
+}
+COLUMNS = ["greedy", "accuracy", "pass@8", "kl", "length", "length_wrong", "eos_rate", "ktokens",
+           "seconds", "mem_gb"]
+# models in memory, and how many of them are trained
+MODELS = {"sft": (1, 1), "dpo": (1, 1), "ppo": (4, 2), "ppo_rule": (3, 2), "grpo": (2, 1),
+          "dapo": (1, 1)}
+# optimiser steps per line of the log
+UPDATES = {"ppo": 8, "grpo": 4, "dapo": 4, "dpo": 1}
+# Student's t, two-sided 95%, by number of seeds
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+def folder(name, seed):
+    return f"out/compare/{name}_{seed}"
+
+
+def read_json(path):
+    with open(path) as f:
+        return json.load(f)
+
+
+def write_json(path, data):
+    with open(path, "w") as f:
+        json.dump(data, f)
+
+
+def read_log(out):
+    """The rows of a run's metrics.jsonl."""
+    with open(f"{out}/metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def train(script, out, *flags, **env):
+    """Run a script into `out` unless it has already finished there. Its seconds are kept in
+    seconds.json, which marks a finished run."""
+    if os.path.exists(f"{out}/seconds.json"):
+        return
+    start = time.perf_counter()
+    command = [sys.executable, os.path.join(ROOT, script), *flags, "--out", out]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
+    write_json(f"{out}/seconds.json", {"seconds": time.perf_counter() - start})
+
+
+def run(name, seed, env):
+    """Train and measure one run, unless that has been done -> its result."""
+    out = folder(name, seed)
+    script, *flags = RUNS[name].format(seed=seed).split()
+    flags += ["--seed", str(seed)]
+    if name != "sft":
+        flags += ["--init", folder("sft", seed)]
+    train(script, out, *flags, **env)
+    if not os.path.exists(f"{out}/result.json"):        # in a process with threads of its own
+        command = [sys.executable, __file__, "--measure", name, str(seed)]
+        subprocess.run(command, check=True, env=os.environ | env)
+    result = read_json(f"{out}/result.json")
+    print(seed, name, {key: round(x, 3) for key, x in result.items()}, flush=True)
+    return result
+
+
+def run_all(names, seeds, jobs):
+    """{name: [the result of each seed]} of these runs, and of the SFT and reward models that they
+    start from."""
+    env = {} if jobs == 1 else {"OMP_NUM_THREADS": "1"}
+    results = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for wave in (["sft"], ["reward"], names):               # each needs those before it
+            pending = []
+            for name in wave:
+                for seed in seeds:
+                    pending.append((name, pool.submit(run, name, seed, env)))
+            for name, future in pending:
+                results.setdefault(name, []).append(future.result())
+    return results
+
+
+# -------------------------------------------------------------------------------------- measurement
+
+
+def measure(name, seed):
+    """Measure one run and write its result.json."""
+    out = folder(name, seed)
+    if name == "reward":
+        result = measure_reward_model(out)
+    else:
+        result = measure_policy(out, folder("sft", seed))
+        rows = read_log(out)
+        result["ktokens"] = ktokens(rows)
+        result["mem_gb"] = rows[-1]["mem_gb"]
+        if "reward_{seed}" in RUNS[name]:               # the compared responses were sampled too
+            length = read_json(f"{folder('sft', seed)}/result.json")["length"]
+            result["ktokens"] += reward.Config.prompts * reward.Config.responses * length / 1000
+    write_json(f"{out}/result.json", result | read_json(f"{out}/seconds.json"))
+
+
+def measure_reward_model(out):
+    """evaluate_rankings of reward.py, on the pairs of test prompts that the run collected."""
+    model, tokenizer = load(out)
+    _, _, test = split_rows(read_preferences(f"{out}/preferences.jsonl"))
+    rows = tokenize_rankings(test, tokenizer, model.trunk.cfg.block_size)
+    metrics, _ = reward.evaluate_rankings(model, rows, reward.Config())
+    return metrics
+
+
+def measure_policy(out, sft_out):
+    """Accuracy, KL to the SFT model, length and shown working of a policy on the test prompts."""
+    model, tokenizer = load(out)
+    sft, _ = load(sft_out)
+    rows = []
+    for row in running_sums(1_000, "test"):
+        rows.append(row | {"ids": encode_prompt(tokenizer, row)})
+    result, texts = evaluate(model, tokenizer, rows, score, grpo.Config(), 8, reference=sft)
+    right = torch.tensor([is_right(row, text) for row, text in zip(rows, texts)])
+    # hasty guesses are multiples of five
+    in_fives = torch.tensor([int(row["two_digits"]) % 5 == 0 for row in rows])
+    result["greedy, sums in fives"] = right[in_fives].mean().item()
+    result["greedy, other sums"] = right[~in_fives].mean().item()
+    result["length_wrong"] = length_of_wrong_responses(model, tokenizer, rows)
+    return result | measure_working(model, tokenizer, rows)
+
+
+def is_right(row, text):
+    """1.0 for a right response, 0.0 for a wrong or truncated one."""
+    return float(text is not None and score(row, text))
+
+
+def length_of_wrong_responses(model, tokenizer, rows, samples=8):
+    """Mean tokens of the wrong responses among the first samples per prompt: the samples of
+    `evaluate`, drawn again with its seed and in its batches."""
+    max_new_tokens = grpo.Config.max_new_tokens
+    generator = torch.Generator().manual_seed(0)
+    longest = max(len(row["ids"]) for row in rows) + max_new_tokens
+    size = EVAL_BATCH_TOKENS // (samples * longest)
+    n_tokens = n_wrong = 0.0
+    for i in range(0, len(rows), size):
+        chunk = rows[i:i + size]
+        prompts = [row["ids"] for row in chunk]
+        tokens, mask, _ = model.generate(prompts, samples, max_new_tokens, generator=generator)
+        tokens, mask = tokens[::samples], mask[::samples]
+        texts = decode_responses(tokenizer, tokens, mask, model.cfg.stop_token_ids)
+        wrong = torch.tensor([1 - is_right(row, text) for row, text in zip(chunk, texts)])
+        n_tokens += (wrong * mask.sum(1)).sum().item()
+        n_wrong += wrong.sum().item()
+    return n_tokens / max(n_wrong, 1e-9)
+
+
+def measure_working(model, tokenizer, rows, samples=4):
+    """How often a policy shows its working at temperature 1, how often it is then right, and its
+    greedy accuracy where the response is forced to begin with a running total instead of "#"."""
+    max_new_tokens, stop = grpo.Config.max_new_tokens, model.cfg.stop_token_ids
+    prompts = [row["ids"] for row in rows]
+    generator = torch.Generator().manual_seed(1)
+    tokens, mask, _ = model.generate(prompts, samples, max_new_tokens, generator=generator)
+    texts = decode_responses(tokenizer, tokens, mask, stop)
+    shown, right = 0, 0.0
+    for i, text in enumerate(texts):
+        if text and "," in text:
+            shown += 1
+            right += is_right(rows[i // samples], text)
+
+    digits = tokenizer.encode("01")                     # the first running total is 02 to 18
+    likelier = likelier_digit(model, prompts, digits)
+    forced = [ids + [digits[k]] for ids, k in zip(prompts, likelier)]
+    tokens, mask, _ = model.generate(forced, 1, max_new_tokens, temperature=0)
+    rest = decode_responses(tokenizer, tokens, mask, stop)
+    n_right = 0.0
+    for row, text in zip(rows, rest):
+        if text is not None:
+            n_right += score(row, "0" + text)           # what counts comes after "#"
+    return {"shows its working": shown / len(texts), "right when it does": right / max(1, shown),
+            "greedy, made to begin with a total": n_right / len(rows)}
+
+
+@torch.no_grad()
+def likelier_digit(model, prompts, digits):
+    """Which of two token ids is likelier to follow each prompt: a list of 0 and 1."""
+    last = torch.tensor([len(ids) - 1 for ids in prompts])
+    T = int(last.max()) + 1
+    tokens = torch.tensor([ids + [0] * (T - len(ids)) for ids in prompts])        # (B, T)
+    hidden = model(tokens)[torch.arange(len(prompts)), last]                      # (B, C)
+    logits = hidden @ model.unembedding[digits].T                                 # (B, 2)
+    return logits.argmax(1).tolist()
+
+
+def ktokens(rows):
+    """Thousands of response tokens that were sampled up to the last of these rows of a log."""
+    return sum(row.get("tokens", 0) for row in rows) / 1000
+
+
+# ------------------------------------------------------------------------------- tables and figures
+
+
+def interval(values):
+    """mean ± half of the 95% interval over seeds."""
+    x = torch.tensor(values, dtype=torch.float64)
+    half = float("nan")
+    if len(x) > 1:
+        half = T95.get(len(x), 1.96) * x.std().item() / len(x) ** 0.5
+    return f"{x.mean():.3f} ± {half:.3f}"
+
+
+def print_table(table, results):
+    """A row per run; the last column is the change of accuracy from the row above, by seed."""
+    n = len(results["sft"])
+    print(f"\n{table}: {n} seeds, 1,000 test prompts, mean ± half of the 95% interval over seeds")
+    header = "".join(f"{column:>18}" for column in COLUMNS)
+    print(f"    {'':16}{header}   accuracy, change from the row above, by seed")
+    above = None
+    for name in TABLES[table]:
+        cells = ""
+        for column in COLUMNS:
+            cells += f"{interval([result[column] for result in results[name]]):>18}"
+        change = ""
+        if above:
+            pairs = zip(results[above], results[name])
+            change = interval([b["accuracy"] - a["accuracy"] for a, b in pairs])
+        print(f"    {name:16}{cells}   {change}")
+        above = name
+    if table == "algorithms":                           # gradients and two moments when trained
+        for name in TABLES[table]:
+            models, trained = MODELS[name]
+            print(f"    {name:16} {models} models in memory, {trained} trained: "
+                  f"{models + 3 * trained} times the size of the weights")
+
+
+def print_all_metrics(name, results):
+    """Every metric of a run, with its range over seeds."""
+    for key in results[name][0]:
+        values = [result[key] for result in results[name]]
+        print(f"    {name:8} {key:36} {interval(values)}    {min(values):.3f} to {max(values):.3f}")
+
+
+def last_step(rows):
+    return rows[-1]["step"]
+
+
+def updates(rows, per_row):
+    """Optimiser steps up to the last of these rows of a log."""
+    return rows[-1]["step"] * per_row
+
+
+def plot_seeds(axis, runs, metric, x, **style):
+    """One metric of several runs against x(rows so far): every seed thin and their mean thick."""
+    curves = []                                         # per seed: xs, ys
+    for rows in runs:
+        xs, ys = [], []
+        for i, row in enumerate(rows):
+            if metric in row:
+                xs.append(x(rows[:i + 1]))
+                ys.append(row[metric])
+        axis.plot(xs, ys, alpha=0.2, lw=1, color=style["color"])
+        curves.append((xs, ys))
+    length = min(len(xs) for xs, _ in curves)
+    curves = [(xs[:length], ys[:length]) for xs, ys in curves]
+    mean_x, mean_y = torch.tensor(curves, dtype=torch.float64).mean(0).tolist()
+    axis.plot(mean_x, mean_y, lw=2, **style)
+
+
+def draw(path, seeds, panels):
+    """A figure of panels (xlabel, ylabel, curves), a curve being (run, metric, x, label)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    width = 4.2 * len(panels)
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.2), layout="constrained")
+    for axis, (xlabel, ylabel, curves) in zip(axes, panels):
+        for i, (name, metric, x, label) in enumerate(curves):
+            runs = [read_log(folder(name, seed)) for seed in seeds]
+            plot_seeds(axis, runs, metric, x, color=f"C{i}", label=label)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.legend()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_grpo(seeds):
+    """assets/grpo.png: accuracy and length rise together."""
+    accuracy = [("grpo", "val_greedy", last_step, "greedy"),
+                ("grpo", "val_accuracy", last_step, "T = 1")]
+    length = [("grpo", "val_length", last_step, "response length")]
+    draw("assets/grpo.png", seeds, [
+        ("GRPO rollouts", "accuracy", accuracy),
+        ("GRPO rollouts", "response length, tokens", length)])
+
+
+def draw_algorithms(seeds):
+    """assets/compare.png: all algorithms against optimiser steps and against generated tokens."""
+    greedy, sampled, by_tokens = [], [], []
+    for name, per_row in UPDATES.items():
+        x = functools.partial(updates, per_row=per_row)
+        greedy.append((name, "val_greedy", x, name))
+        sampled.append((name, "val_accuracy", x, name))
+        if name != "dpo":
+            by_tokens.append((name, "val_accuracy", ktokens, name))
+    draw("assets/compare.png", seeds, [
+        ("optimiser steps", "accuracy, greedy", greedy),
+        ("optimiser steps", "accuracy, T = 1", sampled),
+        ("thousand tokens generated in training", "accuracy, T = 1", by_tokens)])
+
+
+def draw_dpo(seeds):
+    """assets/dpo.png: plain DPO beyond its best step."""
+    labels = {"dpo": "default", "dpo_plain": "plain", "dpo_slow": "plain, a fifth of the rate"}
+    panels = []
+    for metric, ylabel in (
+            ("val_greedy", "accuracy, greedy"),
+            ("val_accuracy", "accuracy, T = 1"),
+            ("val_logp_w", "log π(chosen), nats"),
+            ("val_margin", "margin β h of held-out pairs")):
+        curves = [(name, metric, last_step, label) for name, label in labels.items()]
+        panels.append(("DPO steps", ylabel, curves))
+    draw("assets/dpo.png", seeds, panels)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread if > 1")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        name, seed = args.measure
+        return measure(name, int(seed))
+    seeds = range(args.seeds)
+    names = [name for table in args.tables for name in TABLES[table] if name != "sft"]
+    results = run_all(list(dict.fromkeys(names)), seeds, args.jobs)
+    for table in args.tables:
+        print_table(table, results)
+    shown = TABLES["dpo"] if "dpo" in args.tables else ["grpo"]
+    for name in ["sft", "reward"] + shown:
+        if name in results:
+            print_all_metrics(name, results)
+    if "algorithms" in args.tables:
+        draw_grpo(seeds)
+        draw_algorithms(seeds)
+    if "dpo" in args.tables:
+        draw_dpo(seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ class Config:
     init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
     reward: str = "rule"          # "rule", the function `score` below, or a reward model's folder
     out: str = "out/dapo"         # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"           # prompts are a user's turns ("chat"), text ("plain"), as in --init
+    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
     system: str = ""              # system message of chats that have none; "": that of --init
     seed: int = 0                 # of the order of the data and of sampling
     resume: bool = False          # continue the run in --out
@@ -125,17 +125,17 @@ def dapo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
     """-J of Eq. 8. logp, old_logp, mask (B, T), mask 1 on response tokens; adv (B,); n: response
     tokens in the whole optimiser batch, None if this is all of it.
     Returns the loss and statistics, means over the tokens in the mask."""
-    logp = torch.where(mask > 0, logp, 0.0)                         # before exp, which could be inf
+    logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
     if n is None:
         n = mask.sum().clamp(min=1)                                       #         Σ_i |o_i|
-    ratio = (logp - old_logp).exp()                           # (B, T)  r_it, 1 until the first step
+    ratio = (logp - old_logp).exp()                                       # (B, T)  r_it, 1 at first
     adv = adv[:, None]                                                    # (B, 1)  Â_i
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
     loss = -(surrogate * mask).sum() / n                                  # 1/Σ_i |o_i| Σ_i Σ_t
     with torch.no_grad():
         tokens = mask.sum().clamp(min=1)
-        clipped_low = (ratio < 1 - clip_low) & (adv < 0)       # tokens whose gradient the clip cuts
+        clipped_low = (ratio < 1 - clip_low) & (adv < 0)                  # their gradient is cut
         clipped_high = (ratio > 1 + clip_high) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}

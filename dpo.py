@@ -60,7 +60,7 @@ class Config:
     test: str = ""                # JSON lines to report on; "": a twentieth of --data
     init: str = "out/sft"         # policy and reference: a checkpoint or a Hugging Face folder
     out: str = "out/dpo"          # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"           # prompts are a user's turns ("chat"), text ("plain"), as in --init
+    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
     system: str = ""              # system message of chats that have none; "": that of --init
     seed: int = 0                 # of the order of the data and of sampling
     resume: bool = False          # continue the run in --out

@@ -60,7 +60,7 @@ class Config:
     init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
     reward: str = "out/reward"    # "rule", the function `score` below, or a reward model's folder
     out: str = "out/ppo"          # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"           # prompts are a user's turns ("chat"), text ("plain"), as in --init
+    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
     system: str = ""              # system message of chats that have none; "": that of --init
     seed: int = 0                 # of the order of the data and of sampling
     resume: bool = False          # continue the run in --out
@@ -108,7 +108,7 @@ COLUMNS = ("reward accuracy explained_var length eos_rate entropy clip_high grad
 def token_reward(score, logp, ref_logp, mask, kl_beta):
     """R of Eq. 2. score (B,), one per response; logp of the policy that sampled, ref_logp, mask
     (B, T) -> (B, T)."""
-    k1 = torch.where(mask > 0, logp - ref_logp, 0.0)   # its mean over samples of π is KL(π ‖ π_ref)
+    k1 = torch.where(mask > 0, logp - ref_logp, 0.0)                      # mean: KL(π ‖ π_ref)
     last = (mask.cumsum(1) == mask.sum(1, keepdim=True)) & (mask > 0)
     return -kl_beta * k1 + torch.where(last, score[:, None], 0.0)
 
@@ -121,7 +121,7 @@ def gae(reward, value, mask, gamma, lam):
     adv = torch.zeros_like(value)
     next_value = next_adv = 0.0
     for t in reversed(range(value.size(1))):
-        delta = reward[:, t] + gamma * next_value - value[:, t]        # δ_t = R_t + γ V_{t+1} - V_t
+        delta = reward[:, t] + gamma * next_value - value[:, t]           # δ_t
         next_adv = torch.where(mask[:, t] > 0, delta + gamma * lam * next_adv, 0.0)
         adv[:, t] = next_adv                                              # Â_t
         next_value = value[:, t]
@@ -140,18 +140,18 @@ def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None):
     """Eq. 5. logp, old_logp, adv, mask (B, T), mask 1 on response tokens; n: response tokens in the
     whole optimiser batch, None if this is all of it. Returns the loss and statistics, means over
     the tokens in the mask."""
-    logp = torch.where(mask > 0, logp, 0.0)                         # before exp, which could be inf
+    logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
     adv = torch.where(mask > 0, adv, 0.0)
     if n is None:
         n = mask.sum().clamp(min=1)
-    ratio = (logp - old_logp).exp()                            # (B, T)  ρ_t, 1 until the first step
+    ratio = (logp - old_logp).exp()                                       # (B, T)  ρ_t, 1 at first
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     loss = -(surrogate * mask).sum() / n                                  # mean_t
     with torch.no_grad():
         tokens = mask.sum().clamp(min=1)
-        approx_kl = ratio - 1 - (logp - old_logp)                 # KL(π_old ‖ π_θ) of these updates
-        clipped_low = (ratio < 1 - clip_eps) & (adv < 0)       # tokens whose gradient the clip cuts
+        approx_kl = ratio - 1 - (logp - old_logp)                         # KL(π_old ‖ π_θ)
+        clipped_low = (ratio < 1 - clip_eps) & (adv < 0)                  # their gradient is cut
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"approx_kl": (approx_kl * mask).sum() / tokens,
                  "clip_low": (clipped_low * mask).sum() / tokens,

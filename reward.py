@@ -62,7 +62,7 @@ class Config:
     test: str = ""                # JSON lines to report on; "": a twentieth of --data
     init: str = "out/sft"       # policy that responds, and trunk: checkpoint or Hugging Face folder
     out: str = "out/reward"       # folder for the preferences, the checkpoint, metrics and curves
-    chat: str = "auto"           # prompts are a user's turns ("chat"), text ("plain"), as in --init
+    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
     system: str = ""              # system message of chats that have none; "": that of --init
     seed: int = 0                 # of sampling, labels, the head and the order of the data
     resume: bool = False          # continue the run in --out

@@ -52,7 +52,7 @@ class Config:
     test: str = ""                # JSON lines to report on; "": a twentieth of --data
     init: str = ""                # checkpoint or Hugging Face folder; "": from scratch
     out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"           # prompts are a user's turns ("chat"), text ("plain"), as in --init
+    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
     system: str = ""              # system message of chats that have none; "": that of --init
     seed: int = 0                 # of weights, order of the data and sampling
     resume: bool = False          # continue the run in --out

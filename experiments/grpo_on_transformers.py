@@ -64,13 +64,13 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,); n:
     responses in the whole optimiser batch, None if this is all of it.
     Returns the loss and statistics, means over the tokens in the mask."""
-    logp = torch.where(mask > 0, logp, 0.0)                         # before exp, which could be inf
+    logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
     ref_logp = torch.where(mask > 0, ref_logp, 0.0)
     length = mask.sum(1)                                                  # (B,)    |o_i|
     if n is None:
         n = (length > 0).sum().clamp(min=1)
-    ratio = (logp - old_logp).exp()                           # (B, T)  r_it, 1 until the first step
+    ratio = (logp - old_logp).exp()                                       # (B, T)  r_it, 1 at first
     adv = adv[:, None]                                                    # (B, 1)  Â_i
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     kl = kl_k3(logp, ref_logp)                                            # (B, T)  D_it
@@ -78,7 +78,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     loss = -(per_token.sum(1) / length.clamp(min=1)).sum() / n            # 1/G Σ_i 1/|o_i| Σ_t
     with torch.no_grad():
         tokens = mask.sum().clamp(min=1)
-        clipped_low = (ratio < 1 - clip_eps) & (adv < 0)       # tokens whose gradient the clip cuts
+        clipped_low = (ratio < 1 - clip_eps) & (adv < 0)                  # their gradient is cut
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}

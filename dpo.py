@@ -57,12 +57,12 @@ PAIRS = "out/reward/preferences.jsonl"                    # where reward.py leav
 class Config:
     # data
     data: str = ""                # JSON lines of preferences; "": out/reward/preferences.jsonl
-    test: str = ""                # JSON lines to report on; "": a twentieth of --data
+    test: str = ""                # JSON lines to test on; "": a twentieth of --data
     init: str = "out/sft"         # policy and reference: a checkpoint or a Hugging Face folder
     out: str = "out/dpo"          # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
+    chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = ""              # system message of chats that have none; "": that of --init
-    seed: int = 0                 # of the order of the data and of sampling
+    seed: int = 0                 # random seed of data order and sampling
     resume: bool = False          # continue the run in --out
     # objective
     beta: float = 0.1             # β, weight of the KL penalty in the objective that DPO solves
@@ -91,7 +91,7 @@ COLUMNS = ("loss pair_acc margin reward_w reward_l logp_w logp_l grad_norm step_
 
 
 # ------------------------------------------------------------------------------------ the algorithm
-# To use it elsewhere copy this function; it needs torch alone.
+# To use it elsewhere copy this function; it needs `import torch.nn.functional as F`.
 
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
@@ -154,7 +154,8 @@ def evaluate_pairs(policy, pairs, cfg):
         return {}
     logp = response_logp(policy, pairs, cfg)
     ref = torch.tensor([row["ref"] for row in pairs])           # (P, 2)
-    loss, stats = dpo_loss(*logp.T, *ref.T, cfg.beta, cfg.label_smoothing)
+    loss, stats = dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], cfg.beta,
+                           cfg.label_smoothing)
     in_order = (logp - ref)[:, 0] > (logp - ref)[:, 1]
     number = {row["prompt"]: i for i, row in enumerate(pairs)}
     group = torch.tensor([number[row["prompt"]] for row in pairs])

@@ -45,26 +45,26 @@ from model import autocast
 class Config:
     # data
     data: str = ""                # JSON lines to train on; "" is the built-in task
-    test: str = ""                # JSON lines to report on; "": a twentieth of --data
+    test: str = ""                # JSON lines to test on; "": a twentieth of --data
     init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
-    reward: str = "rule"          # "rule", the function `score` below, or a reward model's folder
+    reward: str = "rule"          # "rule": `score` in this script; else a reward model's folder
     out: str = "out/grpo"         # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
+    chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = ""              # system message of chats that have none; "": that of --init
-    seed: int = 0                 # of the order of the data and of sampling
+    seed: int = 0                 # random seed of data order and sampling
     resume: bool = False          # continue the run in --out
     # rollout
     prompts: int = 32             # prompts in a rollout
     group_size: int = 8           # G, responses per prompt; their mean reward is the baseline
     max_new_tokens: int = 24      # longest response; one that has not ended by then is truncated
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    truncated_reward: float = 0.0 # reward of truncated responses, or the rollout's lowest, if lower
-    format_reward: float = 0.0  # added by the rule where a response states its number, marked, once
+    truncated_reward: float = 0.0 # of a truncated response; the rollout's lowest reward if lower
+    format_reward: float = 0.0    # bonus for one number marked once, by #### or \boxed{}; 0: none
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     kl_beta: float = 0.02         # β, weight of the KL penalty; 0: none
-    ref_every: int = 0            # rollouts between ref <- a policy + (1 - a) ref; 0: it stays
-    ref_mix: float = 0.6          # a, the policy's share in such an update
+    ref_every: int = 0            # rollouts between updates of the reference; 0: it never moves
+    ref_mix: float = 0.6          # a in such an update, ref <- a policy + (1 - a) ref
     # optimisation
     steps: int = 50               # rollouts
     epochs: int = 1               # passes over each rollout
@@ -90,7 +90,8 @@ COLUMNS = ("reward accuracy frac_zero_std length eos_rate entropy clip_high grad
 
 
 # ------------------------------------------------------------------------------------ the algorithm
-# To use it elsewhere copy from here to "the reward": pure functions of tensors, torch alone.
+# To use it elsewhere copy from here to "the reward": pure functions of tensors that need
+# `import torch`.
 # experiments/grpo_on_transformers.py is such a copy of GRPO.
 
 
@@ -99,7 +100,8 @@ def group_advantage(reward, group_size):
     rewards gets exactly 0."""
     r = reward.view(-1, group_size)
     adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # exactly, not by the mean
+    # compare the rewards: the float mean of equal rewards can differ from them
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     return torch.where(equal, 0.0, adv).flatten()
 
 
@@ -205,7 +207,7 @@ def train(cfg):
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     with autocast(device):                      # bf16 forward on CUDA
                         logp, entropy = policy.token_logp(
-                            tokens[rows, :width], None, cfg.temperature, index)
+                            tokens[rows, :width], temperature=cfg.temperature, index=index)
                     old = logp.detach() if on_policy else old_logp[rows, :width]
                     loss, loss_stats = grpo_loss(
                         logp, old, ref_logp[rows, :width], adv[rows], mask[rows, :width],

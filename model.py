@@ -7,11 +7,11 @@ model.py: the transformer.
     ScalarModel      the same trunk with one number per position: reward model and critic
 
 One index convention holds everywhere. `tokens` (B, T) holds prompt and response together, always
-right-padded: causal attention never looks at what stands to its right, so there is no attention
-mask, no left padding and no position arithmetic. `mask[b, t]` is 1 where token t was chosen by the
-policy, the end token included, and 0 on prompt and pads. `logp[b, t]` is the log-probability of
-`tokens[b, t]` given `tokens[b, :t]`, so `logp[:, 0] = 0`; `value[b, t]` is the value of the prefix
-`tokens[b, :t]`, before token t is chosen. The shift by one happens here, once; callers never slice.
+right-padded: causal attention never looks to its right, so training needs no attention mask and no
+position arithmetic. `mask[b, t]` is 1 where token t was chosen by the policy, the end token
+included, and 0 on prompt and pads. `logp[b, t]` is the log-probability of `tokens[b, t]` given
+`tokens[b, :t]`, so `logp[:, 0] = 0`; `value[b, t]` is the value of the prefix `tokens[b, :t]`,
+before token t is chosen. The shift by one happens here, once; callers never slice.
 
 Shapes: B sequences, T tokens, C channels (n_embd), H query heads, K key/value heads, D head_dim,
 V vocabulary, P longest prompt, G responses per prompt.
@@ -52,7 +52,7 @@ class GPTConfig:
     qkv_bias: bool = False        # biases on query, key and value only (Qwen 2.5)
     qk_norm: bool = False         # RMSNorm on each query and key head (Qwen 3)
     tie_embeddings: bool = True   # the output matrix is the embedding
-    stop_token_ids: tuple = (256,)    # ids that end a response; SFT appends the first one
+    stop_token_ids: tuple = (256,)    # ids that end a response; the first ends a plain one in SFT
 
     def __post_init__(self):
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -71,7 +71,7 @@ def make_norm(cfg, width):
 
 
 @functools.cache
-@torch.inference_mode(False)    # sampling may build the table, and training must be able to read it
+@torch.inference_mode(False)    # may be built while sampling; autograd refuses inference tensors
 def rope_table(block_size, dim, theta, scaling, device):
     """cos, sin of position x frequency, (block_size, D/2) each. Not a buffer: a model that is cast
     to bf16 keeps float32 angles."""
@@ -114,16 +114,18 @@ class KVCache:
     """Keys and values of a batch, per layer a pair (B, K, columns, D).
 
     Prompts are right-padded into columns 0 .. P-1, and the n-th response token of every row goes to
-    column P + n, whatever the length of its prompt: the position is inside the key (RoPE, learned),
-    and `bias` is -inf on columns that hold a pad or nothing yet. Columns are added in blocks: most
-    responses are short, and a compact cache is read faster. Within a block no shape and no address
-    changes, so that a CUDA graph can replay a decoding step.
+    column P + n, whatever the length of its prompt. This is exact because a key already contains
+    its position (RoPE, learned) and `bias` is -inf on columns that hold a pad or nothing yet. The
+    cache grows by BLOCK columns at a time: most responses are short, and a compact cache is read
+    faster. Until it grows, no shape and no address changes, so a CUDA graph can replay a step.
     """
 
     BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}                            # columns
 
     def __init__(self, n_layer):
         self.layers = [None] * n_layer
+        self.used = 0                                                       # columns with a token
+        self.column = None                                                  # the next one, a tensor
         self.bias = None                                                    # (B, 1, 1, columns)
 
     def attend(self, layer, q, k, v):
@@ -178,8 +180,8 @@ class KVCache:
 
 def causal_attention(q, k, v):
     """q (B, H, T, D), k and v (B, K, T, D) -> (B, H, T, D)."""
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
 
 class Attention(nn.Module):
@@ -253,7 +255,7 @@ def add_product_(total, a, b):
 class LinearLogp(torch.autograd.Function):
     """logp = z_y - log Σ_v exp(z_v) with z = a / τ, a = hidden @ weight.T, y the target, without
     the (N, V) matrix. Forward walks it in tiles and keeps a log-sum-exp per row; backward computes
-    each tile again. A tile fits in a CPU's cache, where memory costs more than the second product.
+    each tile again. On a CPU a tile fits in the cache, which saves more than recomputing costs.
 
         dL/da_v = g (1[v = y] - p_v),    p_v = exp(z_v - log Σ exp z),    g = dL/dlogp / τ
         dL/dhidden = dL/da @ weight,     dL/dweight = dL/da.T @ hidden
@@ -343,8 +345,8 @@ BF16_DEVICES = {"cuda"}           # devices whose forward runs in bf16; others c
 
 
 def autocast(device):
-    """bf16 matrix products over float32 weights, on devices in BF16_DEVICES. Within one such block
-    each weight is cast once."""
+    """bf16 matrix products over float32 weights, on devices in BF16_DEVICES. Within one `with`
+    statement each weight is cast once."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16_DEVICES)
 
 
@@ -352,7 +354,7 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.gradient_checkpointing = False    # keep a block's input only, recompute it in backward
+        self.gradient_checkpointing = False    # store only block inputs, recompute blocks
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.position = None
         if cfg.positions == "learned":
@@ -364,8 +366,8 @@ class GPT(nn.Module):
             self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         # Linear layers keep PyTorch's init, std 0.58 / sqrt(fan-in): .06 at 96 channels, where
         # GPT-2's .02 (right for 768) learns far more slowly. Embeddings start small, so the first
-        # logits are near 0. What writes into the residual stream starts at 0: a new block is the
-        # identity.
+        # logits are near 0. The two projections into the residual stream start at 0, so a new
+        # block is the identity.
         for table in (self.embedding, self.position, self.head):
             if table is not None:
                 nn.init.normal_(table.weight, std=0.02)
@@ -410,8 +412,8 @@ class GPT(nn.Module):
         """logp, entropy (B, T), float32 or wider: logp[b, t] = log π(tokens[b, t] | tokens[b, :t]),
         0 at t = 0 and where mask is 0. Without a mask, all but the first position.
 
-        `index`, the flat indices of the positions in the mask, replaces it and saves a wait for the
-        GPU (micro_batches in common/train.py)."""
+        `index`: flat indices of the positions in the mask, given in place of the mask. The caller
+        computes them on the CPU, so nothing waits for the GPU (micro_batches, common/train.py)."""
         B, T = tokens.shape
         if index is None:
             chosen = torch.ones_like(tokens) if mask is None else mask > 0
@@ -445,9 +447,10 @@ class GPT(nn.Module):
         if stop_token_ids is None:
             stop_token_ids = self.cfg.stop_token_ids
         stop = torch.tensor(stop_token_ids, device=device)
-        # Under autocast each weight is cast once for the whole block; inference mode is faster, but
-        # there autocast would cast the weights at every token.
-        with autocast(device) if device.type in BF16_DEVICES else torch.inference_mode():
+        # Autocast casts each weight once per `with` statement, but at every token in inference
+        # mode; without autocast inference mode is faster.
+        bf16 = device.type in BF16_DEVICES
+        with autocast(device) if bf16 else torch.inference_mode():
             cache = KVCache(self.cfg.n_layer)
             prompt_tokens, hidden = prefill(self, prompts, length, cache, pad)  # (B, P), (B, C)
             cache.expand_prompts(length, group_size)
@@ -462,7 +465,8 @@ class GPT(nn.Module):
         T = int(total.max())
         column = torch.arange(T, device=device)
         mask = (column >= length[:, None]) & (column < total[:, None])      # (N, T)
-        kept = torch.arange(max_new_tokens, device=device) < count[:, None]  # as many as in mask
+        # masked_scatter fills the places of `mask` in row order with the tokens of `kept`, as many
+        kept = torch.arange(max_new_tokens, device=device) < count[:, None]  # (N, max_new_tokens)
         tokens = prompt_tokens.repeat_interleave(group_size, 0)             # (N, P)
         tokens = F.pad(tokens, (0, T - tokens.size(1)), value=pad)          # (N, T)
         tokens = tokens.masked_scatter(mask, response[kept])
@@ -472,9 +476,10 @@ class GPT(nn.Module):
 
 # ---------------------------------------------------------------------------------------- sampling
 
-# The loop looks for finished rows every so many tokens, because a look waits for the GPU. It drops
-# them if less than this share of the rows is unfinished, because a GPU then captures a new graph.
-LOOK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
+# decode_loop checks for finished rows every CHECK_EVERY tokens, because a check waits for the GPU.
+# It drops them once the share of unfinished rows is below DROP_BELOW, because after a drop CUDA
+# must capture a new graph.
+CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
 DROP_BELOW = {"cpu": 0.9, "cuda": 0.75, "mps": 0.9}
 
 
@@ -518,7 +523,7 @@ def decode_loop(model, cache, logits, length, max_new_tokens, temperature, stop,
         done = done | (token[:, None] == stop).any(1)
         if n + 1 == max_new_tokens:
             break
-        if (n + 1) % LOOK_EVERY[device.type] == 0:
+        if (n + 1) % CHECK_EVERY[device.type] == 0:
             unfinished = (~done).nonzero()[:, 0]
             if len(unfinished) == 0:
                 break
@@ -542,10 +547,10 @@ def decode_loop(model, cache, logits, length, max_new_tokens, temperature, stop,
 
 
 def sample(p, generator=None):
-    """One draw from each row of p (n, V) -> (n,), without a wait for the GPU: arg min E_v / p_v,
-    E_v exponential. On a CPU by inverting the cumulative distribution, 15 times faster than
-    torch.multinomial at V = 259; u stays below 1, where rounding could pick a token of probability
-    0. A row with NaN yields an arbitrary id; early stopping catches it."""
+    """One draw from each row of p (n, V) -> (n,). On a GPU arg max_v p_v / E_v with exponential
+    E_v, which does not wait for the GPU. On a CPU by inverting the cumulative distribution, 15
+    times faster than torch.multinomial at V = 259; u stays below 1, or rounding could pick a token
+    of probability 0. A row with NaN yields an arbitrary id; early stopping catches it."""
     if p.device.type != "cpu":
         return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
     c = p.cumsum(-1)

@@ -2,7 +2,8 @@
 PPO for RLHF: Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347) on a learned
 reward with a KL penalty (Ziegler et al. 2019, arXiv 1909.08593; InstructGPT, arXiv 2203.02155).
 
-A reward model scores the response; a critic says, token by token, what was better than expected.
+A reward model scores the response, a critic predicts that score at every token, and what turns out
+better than predicted becomes more likely.
 
     the RLHF objective    E_{y ~ π_θ} [ r(x, y) - β log(π_θ(y | x) / π_ref(y | x)) ]             (1)
     R_t  = -β (log π_old(y_t) - log π_ref(y_t)),  and + r(x, y) on the last token                (2)
@@ -56,26 +57,26 @@ from model import autocast
 class Config:
     # data
     data: str = ""                # JSON lines to train on; "" is the built-in task
-    test: str = ""                # JSON lines to report on; "": a twentieth of --data
+    test: str = ""                # JSON lines to test on; "": a twentieth of --data
     init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
-    reward: str = "out/reward"    # "rule", the function `score` below, or a reward model's folder
+    reward: str = "out/reward"    # "rule": `score` in this script; else a reward model's folder
     out: str = "out/ppo"          # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
+    chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = ""              # system message of chats that have none; "": that of --init
-    seed: int = 0                 # of the order of the data and of sampling
+    seed: int = 0                 # random seed of data order and sampling
     resume: bool = False          # continue the run in --out
     # rollout
     prompts: int = 256            # prompts in a rollout, with one response each
     max_new_tokens: int = 24      # longest response; one that has not ended by then is truncated
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    truncated_reward: float = 0.0 # reward of truncated responses, or the rollout's lowest, if lower
-    format_reward: float = 0.0  # added by the rule where a response states its number, marked, once
+    truncated_reward: float = 0.0 # of a truncated response; the rollout's lowest reward if lower
+    format_reward: float = 0.0    # bonus for one number marked once, by #### or \boxed{}; 0: none
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     value_clip_eps: float = 0.2   # ε_v, the same for values, in units of the reward's std; 0: none
     kl_beta: float = 0.3          # β, weight of the KL penalty, in the same unit; 0: none
-    gamma: float = 1.0            # γ, discount; 1: a reward is worth the same however late it comes
-    gae_lambda: float = 0.95      # λ, 0: trust the critic's next value; 1: what really followed
+    gamma: float = 1.0            # γ, discount per token; 1: none
+    gae_lambda: float = 0.95      # λ; 0: one-step TD error, 1: Monte Carlo return minus value
     # optimisation
     steps: int = 40               # rollouts
     epochs: int = 2               # passes over each rollout
@@ -102,7 +103,8 @@ COLUMNS = ("reward accuracy explained_var length eos_rate entropy clip_high grad
 
 
 # ------------------------------------------------------------------------------------ the algorithm
-# To use it elsewhere copy from here to "the reward": pure functions of tensors, torch alone.
+# To use it elsewhere copy from here to "the reward": pure functions of tensors that need
+# `import math, torch`.
 
 
 def token_reward(score, logp, ref_logp, mask, kl_beta):
@@ -202,8 +204,9 @@ def train(cfg):
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
     reference = freeze(copy.deepcopy(policy))
     critic = make_critic(cfg, policy, reward_model)
-    optimizer = Optimizers(*make_optimizer(policy, cfg.lr, eps=1e-5).parts,
-                           *make_optimizer(critic, cfg.critic_lr, eps=1e-5).parts)
+    policy_optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
+    critic_optimizer = make_optimizer(critic, cfg.critic_lr, eps=1e-5)
+    optimizer = Optimizers(*policy_optimizer.parts, *critic_optimizer.parts)
     B, micro_tokens = cfg.prompts, cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
@@ -217,7 +220,7 @@ def train(cfg):
     if run.is_new:
         run.state["reward_std"] = measure_reward_std(
             cfg, policy, tokenizer, reward_model, score, train_rows)
-        with torch.no_grad():                                   # values are in the same units
+        with torch.no_grad():                                   # rescale head to normalised rewards
             for param in critic.head.parameters():
                 param /= run.state["reward_std"]
         run.state["before"] = evaluate_policy(test_rows, samples=8)
@@ -260,7 +263,7 @@ def train(cfg):
                     chosen, old = mask[rows, :width], old_logp[rows, :width]
                     with autocast(device):                      # bf16 forward on CUDA
                         logp, entropy = policy.token_logp(
-                            tokens[rows, :width], None, cfg.temperature, index)
+                            tokens[rows, :width], temperature=cfg.temperature, index=index)
                         value = critic.value(tokens[rows, :width])
                     loss, loss_stats = ppo_loss(
                         logp, old, adv[rows, :width], chosen, cfg.clip_eps, n)

@@ -45,7 +45,7 @@ from common import InputError
 from common.data import load_prompts, read_rows, split_rows
 from common.evaluate import MetricMean, calibrate, half_interval
 from common.models import load_policy, setup
-from common.preferences import (better_worse, load_reference_responses, read_preferences,
+from common.preferences import (better_worse, load_centring_responses, read_preferences,
                                 tokenize_rankings)
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
@@ -59,12 +59,12 @@ from model import ScalarModel, autocast
 class Config:
     # data
     data: str = ""                # JSON lines of preferences, or of prompts to collect them on
-    test: str = ""                # JSON lines to report on; "": a twentieth of --data
-    init: str = "out/sft"       # policy that responds, and trunk: checkpoint or Hugging Face folder
+    test: str = ""                # JSON lines to test on; "": a twentieth of --data
+    init: str = "out/sft"         # policy that responds, and trunk: checkpoint or model folder
     out: str = "out/reward"       # folder for the preferences, the checkpoint, metrics and curves
-    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
+    chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = ""              # system message of chats that have none; "": that of --init
-    seed: int = 0                 # of sampling, labels, the head and the order of the data
+    seed: int = 0                 # random seed of sampling, labels, the head and the data order
     resume: bool = False          # continue the run in --out
     # collection
     collect_only: bool = False    # stop when preferences.jsonl is written
@@ -93,7 +93,7 @@ COLUMNS = "loss acc margin grad_norm step_s val_loss val_acc val_acc_same_style"
 
 
 # ------------------------------------------------------------------------------------ the algorithm
-# To use it elsewhere copy these two functions; they need torch alone.
+# To use them elsewhere copy these two functions; they need torch and torch.nn.functional as F.
 
 
 def bradley_terry_loss(chosen, rejected, margin=0, n=None):
@@ -176,10 +176,13 @@ def collect(policy, tokenizer, rows, cfg, rng):
 
 
 def load_preferences(cfg, policy, tokenizer):
-    """Pairs to train on, to validate on and to report on, those of --data or collected from the
-    policy; and all that were collected now, to be kept."""
-    first = read_rows(cfg.data)[0] if cfg.data else {"answer": ""}
-    if "answer" not in first or "chosen" in first or "responses" in first:
+    """Train, validation and test pairs, from --data or collected from the policy; and the list of
+    newly collected pairs, for preferences.jsonl."""
+    has_preferences = False
+    if cfg.data:
+        row = read_rows(cfg.data)[0]
+        has_preferences = "answer" not in row or "chosen" in row or "responses" in row
+    if has_preferences:
         if cfg.collect_only:
             raise InputError(f"--collect_only: {cfg.data} holds preferences already")
         pairs = read_preferences(cfg.data)
@@ -232,7 +235,9 @@ def evaluate_rankings(model, rows, cfg):
     """
     if not rows:
         return {}, ""
-    encoded = [both for row in rows for both in zip(row["tokens"], row["mask"])]
+    encoded = []
+    for row in rows:
+        encoded += zip(row["tokens"], row["mask"])
     r = compute_scores(model, encoded, cfg)                     # (N,)  every response of every row
     length = torch.tensor([float(sum(mask)) for _, mask in encoded])
     pairs, start = [], 0                               # row, better, worse, same style, rule's lead
@@ -268,7 +273,7 @@ def train(cfg):
     train_rows = tokenize_rankings(pairs[0], tokenizer, block_size)
     val_rows = tokenize_rankings(pairs[1], tokenizer, block_size, need=False)
     test_rows = tokenize_rankings(pairs[2], tokenizer, block_size, need=False)
-    references = load_reference_responses(cfg, tokenizer, block_size, train_rows)
+    centring_responses = load_centring_responses(cfg, tokenizer, block_size, train_rows)
     K = max(len(row["responses"]) for row in train_rows)
     batch_size = min(cfg.batch, len(train_rows))
     steps = len(train_rows) // batch_size                       # one epoch of full batches
@@ -315,7 +320,7 @@ def train(cfg):
         metrics = stats.read()                                  # the only wait for the GPU
         metrics |= {"grad_norm": float(grad_norm), "lr": lr, "step_s": time.perf_counter() - start}
         if run.is_eval_step(step):
-            centre_scores(model, references, cfg)
+            centre_scores(model, centring_responses, cfg)
             metrics |= prefixed("val_", evaluate_rankings(model, val_rows, cfg)[0])
         run.end_step(step, metrics)
 

@@ -16,12 +16,13 @@ Details that are often missed:
        does not fit is dropped: cutting it would teach a false end.
     3. The denominator is counted before the batch is split into micro-batches, so that their size
        changes no gradient.
+    4. From scratch, Muon trains the blocks' matrices, which is faster; --muon_lr 0 is AdamW alone.
 
 The demonstrators of the built-in task are careful on short sums and hasty on long ones:
 
-    5+8+7=    careful  13,20#20     running totals, then # and the answer
-              hasty    #20          no working; the sum rounded to the nearest 5, right 1 time in 5
-              slip     03,10#10     careful, but a carry was forgotten (p = .08); the error stays
+    7+5+2=    careful  12,14#14     running totals, then # and the answer
+              slip     02,04#04     careful, but a carry was forgotten (p = .08); the error stays
+              hasty    #15          no working; the sum rounded to the nearest 5, right 1 time in 5
 
 About 56% of them are right, and imitation can hardly do better: that is what grpo.py is for.
 
@@ -49,12 +50,12 @@ from model import autocast
 class Config:
     # data
     data: str = ""                # JSON lines to train on; "" is the built-in task
-    test: str = ""                # JSON lines to report on; "": a twentieth of --data
+    test: str = ""                # JSON lines to test on; "": a twentieth of --data
     init: str = ""                # checkpoint or Hugging Face folder; "": from scratch
     out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
-    chat: str = "auto"            # prompts are "chat" or "plain" text; "auto": as in --init
+    chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = ""              # system message of chats that have none; "": that of --init
-    seed: int = 0                 # of weights, order of the data and sampling
+    seed: int = 0                 # random seed of weights, data order and sampling
     resume: bool = False          # continue the run in --out
     # model, from scratch only
     tokenizer: str = "bytes"      # "bytes", or a vocabulary that tiktoken downloads, such as gpt2
@@ -87,7 +88,7 @@ COLUMNS = "nll entropy grad_norm epoch tok_s val_loss val_greedy val_accuracy"
 
 
 # ------------------------------------------------------------------------------------ the algorithm
-# To use it elsewhere copy this function; it needs torch alone.
+# To use it elsewhere copy this function; it needs `import torch`.
 
 
 def sft_loss(logp, mask, n=None):
@@ -188,7 +189,7 @@ def train(cfg):
 
     if run.is_new and cfg.init:
         run.state["before"] = evaluate_model(test_rows, samples=8)
-    elif run.is_new:                                            # a new model has nothing to say
+    elif run.is_new:                                            # untrained: no responses yet
         run.state["before"] = evaluate_loss(model, test_rows, cfg), []
     batch_iter = batches(train_rows, cfg.batch, cfg.seed, start=run.step)
 

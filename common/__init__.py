@@ -5,7 +5,7 @@ __all__ = ["InputError", "load"]
 
 
 def __getattr__(name):
-    """`from common import load`, imported when asked for: `python -m common.hf` must come first."""
+    """`from common import load`, on first use: `python -m common.hf` may not import hf twice."""
     if name == "load":
         from common.checkpoint import load
         return load

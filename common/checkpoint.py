@@ -50,7 +50,10 @@ def read_checkpoint(folder):
             if f.testzip() is not None:
                 raise ValueError("check sum")
         data = torch.load(path, map_location="cpu", weights_only=True)
-        data["config"], data["kind"], [data["tokenizer"][name] for name in TOKENIZER_FIELDS]
+        if not data.keys() >= {"kind", "config", "model"}:
+            raise ValueError("keys")
+        if not data["tokenizer"].keys() >= set(TOKENIZER_FIELDS):
+            raise ValueError("tokenizer")
         for name, x in data["model"].items():
             if not isinstance(name, str) or not x.is_floating_point() or x.layout != torch.strided:
                 raise ValueError(name)

@@ -1,5 +1,5 @@
 """
-Rows of data: the built-in task, files of a user's own, splits, and the number that a text states.
+Rows of data: the built-in task, a user's own files, splits, and rows as token ids.
 
 A row is a dict. A prompt has "prompt" and perhaps "answer" (what is right); a demonstration has
 "prompt" and "response", or "messages"; a preference has "prompt", "chosen" and "rejected".
@@ -72,7 +72,8 @@ def read_row(line, location, needed):
     if not isinstance(row, dict):
         raise InputError(f"{location}: expected an object {{...}}, found {type(row).__name__}")
     if isinstance(row.get("question"), str) and "prompt" not in row:
-        row = {"response": row.get("answer")} | row | {"prompt": row["question"] + "\n"}
+        row.setdefault("response", row.get("answer"))
+        row["prompt"] = row["question"] + "\n"
     if "messages" in row:
         check_messages(row["messages"], location, "response" in needed)
         turns = [f"{m['role']}: {m['content']}" for m in before_response(row["messages"])]
@@ -98,11 +99,12 @@ def require_text(row, *needed):
 
 
 def check_messages(messages, location, needs_response):
-    valid = isinstance(messages, list) and len(messages) > 0
-    for message in messages if valid else []:
-        valid &= isinstance(message, dict) and isinstance(message.get("role"), str)
-        valid = valid and isinstance(message.get("content"), str)
-    if not valid:
+    def is_message(x):
+        return (isinstance(x, dict) and isinstance(x.get("role"), str)
+                and isinstance(x.get("content"), str))
+
+    is_list = isinstance(messages, list) and len(messages) > 0
+    if not is_list or not all(is_message(message) for message in messages):
         raise InputError(f'{location}: field "messages" must be a list of {{"role": text, '
                          '"content": text}')
     if needs_response and messages[-1]["role"] != "assistant":
@@ -122,8 +124,8 @@ def filter_rows(rows, keep, reason, need=True):
         first = next(row for row in rows if not keep(row))
         where = first.get("_line") or repr(first["prompt"])
         print(f"dropped {dropped} of {len(rows)} rows: {reason}; the first is {where}")
-    if dropped and need and not kept:
-        raise InputError(f"no row is left: {reason}")
+        if need and not kept:
+            raise InputError(f"no row is left: {reason}; the first is {where}")
     return kept
 
 
@@ -161,24 +163,23 @@ def split_rows(rows, test=None):
 
 
 def load_prompts(cfg, tokenizer, score, block_size, need_answer=True):
-    """Prompts to train on, to validate on and to report on, each with its "ids"; with need_answer,
-    of those for which `score` knows what is right."""
+    """Train, validation and test prompts, each with its "ids". need_answer: drop the rows for which
+    `score` returns None."""
     def has_answer(row):
         return checked_score(score, row, "", need=False) is not None
 
     def prepare(rows):
         rows = filter_rows(rows, lambda row: row["prompt"], "the prompt is empty")
         if need_answer:
-            rows = filter_rows(rows, has_answer, 'no number in "answer"')
+            rows = filter_rows(rows, has_answer, '`score` returns None (no "answer"?)')
         return tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size)
 
     if not cfg.data:
         train = running_sums(20_000, "train", cfg.seed)
         val, test = running_sums(500, "val"), running_sums(1_000, "test")
         return prepare(train), prepare(val), prepare(test)
-    needed = ("prompt", "answer") if need_answer else ("prompt",)
-    rows = prepare(read_rows(cfg.data, *needed))
-    test = prepare(read_rows(cfg.test, *needed)) if cfg.test else None
+    rows = prepare(read_rows(cfg.data, "prompt"))
+    test = prepare(read_rows(cfg.test, "prompt")) if cfg.test else None
     return split_rows(rows, test)
 
 

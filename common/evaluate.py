@@ -92,9 +92,9 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     greedy: accuracy by `score` of the greedy response, one that did not end being wrong; accuracy:
     the same at temperature 1; pass@k, k = samples > 1: any of the samples is right; eos_rate and
     length (in tokens, end token included) at temperature 1. Where `score` gives None for a row,
-    there are no accuracies. score: mean of the reward model's; kl: mean of log π/π_ref summed over
-    a response, in nats; both of the first sample per prompt. The random numbers are its own:
-    evaluating changes nothing in a training run, and is the same before and after.
+    there are no accuracies. score: the reward model's mean; kl_seq: mean of log π/π_ref summed over
+    a response, in nats; both of the first sample per prompt. Sampling uses a generator of its own
+    with seed 0: evaluation does not change a training run and repeats the same random numbers.
     """
     if not rows:
         return {}, []
@@ -106,7 +106,9 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     def is_right(row, text):
         return has_answers and text is not None and checked_score(score, row, text) > 0
 
-    greedy, right, ended, length, greedy_texts, extra = [], [], [], [], [], MetricMean()
+    greedy, right, ended, length = [], [], [], []
+    greedy_texts = []
+    extra = MetricMean()
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]
         prompts = [row["ids"] for row in chunk]
@@ -121,14 +123,17 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
         ended += [text is not None for text in texts]
         length += mask.sum(1).tolist()
 
-        tokens, mask_cpu, texts = tokens[::samples], mask[::samples].cpu(), texts[::samples]
+        # the first sample of every prompt
+        tokens = tokens[::samples]
+        mask_cpu = mask[::samples].cpu()
+        texts = texts[::samples]
         if reward_model is not None:
             reward, _ = compute_reward(cfg, reward_model, score, chunk, tokens, mask_cpu, texts)
             extra.add({"score": reward.mean()}, len(chunk))
         if reference is not None:
             logp = compute_logp(policy, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
             ref_logp = compute_logp(reference, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
-            extra.add({"kl": (logp - ref_logp).sum(1).mean()}, len(chunk))
+            extra.add({"kl_seq": (logp - ref_logp).sum(1).mean()}, len(chunk))
 
     metrics = {}
     if has_answers:

@@ -39,9 +39,9 @@ def parse_config(Config, argv=None):
 
     class Formatter(argparse.HelpFormatter):
         def __init__(self, prog):
-            super().__init__(prog, max_help_position=32, width=120)
+            super().__init__(prog, max_help_position=31, width=110)
 
-    title = module.__doc__.strip().split("\n\n")[0].replace("\n", " ")
+    title = " ".join(module.__doc__.strip().split("\n\n")[:2]).replace("\n", " ")
     parser = Parser(formatter_class=Formatter, allow_abbrev=False, description=title,
                     usage="%(prog)s [--flag value ...]    values in the list are defaults")
     field_of = {f.name: f for f in fields(Config)}

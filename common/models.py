@@ -94,7 +94,7 @@ def load_reward_model(cfg, policy, tokenizer):
     for name, theirs, ours in (
             ("tokenizer", own.name, tokenizer.name),
             ("chat", own.turns, tokenizer.turns),
-            ("system line", own.system, tokenizer.system),
+            ("system message", own.system, tokenizer.system),
             ("n_embd", model.trunk.cfg.n_embd, policy.cfg.n_embd),
             ("block_size", model.trunk.cfg.block_size, policy.cfg.block_size)):
         if theirs != ours:

@@ -12,10 +12,10 @@ from common.tokenizer import InputError, encode_response
 def read_preferences(path):
     r"""JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one per pair.
 
-    Read are pairs, perhaps with a number "margin"; pairs without "prompt", which are dialogues as
-    in HH-RLHF, split after the last "\n\nAssistant:"; and {"prompt", "responses": [best, ...,
-    worst]}, perhaps with "ranks", as all the pairs that it implies. Pairs that say nothing are
-    dropped and counted."""
+    A row is a pair, optionally with a number "margin"; or a pair without "prompt", two dialogues as
+    in HH-RLHF, split after the last "\n\nAssistant:"; or {"prompt", "responses": [best, ...,
+    worst]}, optionally with "ranks", which gives all the pairs that it implies. Pairs without a
+    preference are dropped and counted."""
     rows = []
     for row in read_rows(path):
         if "responses" in row:
@@ -54,8 +54,8 @@ def read_preferences(path):
 
 
 def ranking_to_pairs(row):
-    """All the pairs of {"prompt", "responses", "ranks"}; one pair of equal texts, which is dropped
-    later, where there is none."""
+    """All the pairs of {"prompt", "responses", "ranks"}. A ranking with only ties, or a response
+    twice, gives one pair of equal texts, which read_preferences drops and counts."""
     texts = row["responses"]
     if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(x, str) for x in texts):
         raise InputError(f'{row["_line"]}: field "responses" must be a list of two texts or more, '
@@ -104,10 +104,12 @@ def load_pairs(path, test_path, tokenizer, block_size):
 
     rows = read_preferences(path)
     splits = split_rows(rows, read_preferences(test_path) if test_path else None)
-    for row in [row for pairs in splits for row in pairs]:
-        chosen = encode_response(tokenizer, row, row["chosen"])
-        rejected = encode_response(tokenizer, row, row["rejected"])
-        row["tokens"], row["mask"] = zip(chosen, rejected)
+    for pairs in splits:
+        for row in pairs:
+            chosen_tokens, chosen_mask = encode_response(tokenizer, row, row["chosen"])
+            rejected_tokens, rejected_mask = encode_response(tokenizer, row, row["rejected"])
+            row["tokens"] = (chosen_tokens, rejected_tokens)
+            row["mask"] = (chosen_mask, rejected_mask)
     reason = f"a response is longer than the model's {block_size} tokens"
     return [filter_rows(pairs, fits, reason, need=pairs is splits[0]) for pairs in splits]
 
@@ -151,9 +153,9 @@ def tokenize_rankings(pairs, tokenizer, block_size, need=True):
     return filter_rows(rows, fits, reason, need)
 
 
-def load_reference_responses(cfg, tokenizer, block_size, rows):
-    """Tokens and masks whose mean score is set to 0: the demonstrations that sft.py left in --init,
-    or the chosen responses if there are none."""
+def load_centring_responses(cfg, tokenizer, block_size, rows):
+    """Tokens and masks of the responses whose mean score reward.py sets to 0: the demonstrations
+    that sft.py left in --init, or the chosen responses if there are none."""
     path = os.path.join(cfg.init, "demonstrations.jsonl")
     demonstrations = read_rows(path, "prompt", "response") if os.path.exists(path) else []
     encoded = [encode_response(tokenizer, row, row["response"]) for row in demonstrations]

@@ -27,12 +27,13 @@ class EarlyStopping:
     """Detects that a run has gone wrong, and by which rule. It keeps counts only, which a resumed
     run computes again from its metrics."""
 
-    def __init__(self, max_kl=math.inf, patience=5, barren_patience=50, n_val=0):
+    def __init__(self, max_kl=math.inf, n_val=0):
         """n_val: validation prompts, which give the noise of the validation accuracy."""
         self.max_kl, self.n_val = max_kl, n_val
-        self.patience = {"kl": patience, "eos_rate": patience, "barren": barren_patience}
+        self.patience = {"kl": 5, "eos_rate": 5, "no_signal": 50}      # steps in a row
         self.count = dict.fromkeys(self.patience, 0)
-        self.best, self.hacked = (0.0, 0.0), 0         # accuracy and score of the best evaluation
+        self.best = (0.0, 0.0)                         # accuracy and score of the best evaluation
+        self.hacked = 0                                # evaluations in a row that look hacked
 
     def check(self, m):
         """The rule that this step's metrics break, or None. A metric that is absent breaks none."""
@@ -42,7 +43,7 @@ class EarlyStopping:
         broken = {
             "kl": m.get("kl_seq", 0) > self.max_kl,
             "eos_rate": m.get("eos_rate", 1) < .05,
-            "barren": m.get("pass_at_g", 1) == 0 and m.get("frac_zero_std", 1) == 1,
+            "no_signal": m.get("pass_at_g", 1) == 0 and m.get("frac_zero_std", 1) == 1,
         }
         for name in self.count:
             self.count[name] = self.count[name] + 1 if broken[name] else 0
@@ -51,9 +52,9 @@ class EarlyStopping:
                     f"{self.count['kl']} steps")
         if self.count["eos_rate"] >= self.patience["eos_rate"]:
             return f"fewer than 5% of responses ended, for {self.count['eos_rate']} steps"
-        if self.count["barren"] >= self.patience["barren"]:
-            return (f"no response was right for {self.count['barren']} steps: there is nothing to "
-                    "learn from")
+        if self.count["no_signal"] >= self.patience["no_signal"]:
+            return (f"no response was right for {self.count['no_signal']} steps: all advantages "
+                    "are 0")
         if self.n_val and "val_accuracy" in m and "val_score" in m:
             return self.check_over_optimisation(m["val_accuracy"], m["val_score"])
         return None
@@ -86,8 +87,8 @@ class Run:
         n_params = sum(p.numel() for p in model.parameters())
         n_train, n_val, n_test = (len(rows) for rows in splits)
         device = next(model.parameters()).device
-        print(f"{name}: {n_params:,} parameters on {device.type}, {n_train:,} rows to train on, "
-              f"{n_val:,} to validate on, {n_test:,} to report on")
+        print(f"{name}: {n_params:,} parameters on {device.type}, {n_train:,} training, "
+              f"{n_val:,} validation and {n_test:,} test rows")
         self.out, self.cfg, self.steps, self.columns = cfg.out, cfg, steps, columns.split()
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
         self.modules = modules
@@ -95,8 +96,12 @@ class Run:
         if cfg.early_stopping:
             max_kl = cfg.max_kl if hasattr(cfg, "max_kl") else math.inf
             self.early_stopping = EarlyStopping(max_kl, n_val=n_val)
-        self.step, self.state, self.rows = 0, {"data_hash": hash_rows(splits)}, []
-        self.clock, self.interrupted, self.lines = None, False, 0
+        self.step = 0
+        self.state = {"data_hash": hash_rows(splits)}
+        self.rows = []                                 # of metrics.jsonl
+        self.clock = None                              # step and time of the first printed line
+        self.interrupted = False
+        self.lines = 0                                 # printed so far
         self.is_new = not cfg.resume
         if cfg.resume:
             self.restore(read_checkpoint(self.out))
@@ -197,6 +202,8 @@ class Run:
         row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
         self.rows.append(row)
         self.metrics_file.write(json.dumps(row) + "\n")
+        if self.steps > 200 and step % 10 and "val_loss" not in row and step > 1:
+            return self.check_early_stopping(row)      # of a long run every tenth line
         if self.lines % 20 == 0:                       # the names again
             names = [f"{name:>6}" for name in self.columns]
             print("  ".join([f"{'step':<9}", *names, "mem_gb", "left"]))
@@ -214,7 +221,13 @@ class Run:
             left = int((time.perf_counter() - start) / (step - first) * (self.steps - step))
             cells.append(f"{left // 60}:{left % 60:02}")
         print("  ".join(cells), flush=True)
-        return self.early_stopping and self.early_stopping.check(row)
+        return self.check_early_stopping(row)
+
+    def check_early_stopping(self, row):
+        """The rule that a row of metrics breaks, or None."""
+        if self.early_stopping is None:
+            return None
+        return self.early_stopping.check(row)
 
     def save(self, name="ckpt.pt"):
         """All that `restore` needs to go on from here."""
@@ -230,10 +243,10 @@ class Run:
     def stop_early(self, reason):
         """The state now goes to stopped.pt, the last good checkpoint stays, and the run ends."""
         self.save("stopped.pt")
-        good = self.path("ckpt.pt") if os.path.exists(self.path("ckpt.pt")) else "not there yet"
-        raise InputError(f"stopped early at step {self.step}: {reason}; the last good checkpoint "
-                         f"is {good}, the state now is {self.path('stopped.pt')}; --early_stopping "
-                         "false runs on")
+        good = self.path("ckpt.pt") if os.path.exists(self.path("ckpt.pt")) else "none yet"
+        raise InputError(f"stopped early at step {self.step}: {reason}; last good checkpoint: "
+                         f"{good}, state at the stop: {self.path('stopped.pt')}; --early_stopping "
+                         "false disables this")
 
     def set_signal_handler(self, old, new):
         """Ctrl-C and a scheduler's SIGTERM call `new`, where they would have called `old`."""
@@ -264,7 +277,8 @@ class Run:
         """Append a few prompts with their responses to samples.txt; returns them as text."""
         text = ""
         for row, response in list(zip(rows, texts))[:n]:
-            text += f"    {row['prompt']!r} -> {response!r}\n"
+            shown = "(did not end)" if response is None else repr(response)
+            text += f"    {row['prompt']!r} -> {shown}\n"
         with open(self.path("samples.txt"), "a", encoding="utf-8") as f:
             f.write(f"{title}\n{text}")
         return text
@@ -336,7 +350,7 @@ def prefixed(prefix, metrics):
 def main(train, Config):
     """What `python script.py` does: parse, train, and end in one line if the input was invalid."""
     name = os.path.basename(sys.argv[0])
-    what_stands = "what was saved before stands, see --resume"
+    what_stands = "the last checkpoint is kept, --resume continues from it"
     sys.stdout.reconfigure(errors="backslashreplace")       # a log file in an old encoding has no ε
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's Ctrl-C
     try:

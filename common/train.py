@@ -106,7 +106,8 @@ def fill_batch(generations, keep, prompts, group_size):
     """A batch of `prompts` groups out of several generations, each a tuple of tensors (b G, T), of
     any width T, or (b G,). keep: which groups of all of them are informative -> the same tensors
     for the informative groups and, if they are too few, the first of the others."""
-    groups = keep.int().argsort(descending=True, stable=True)[:prompts].sort()[0]  # (prompts,)
+    informative_first = keep.int().argsort(descending=True, stable=True)
+    groups = informative_first[:prompts].sort().values                      # (prompts,)
     rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
     T = max(x.size(1) for generation in generations for x in generation if x.dim() == 2)
     batch = []
@@ -310,7 +311,7 @@ class Optimizers:
             part.load_state_dict(part.state_dict() | {"state": moments})
 
 
-def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, betas=(0.9, 0.95), eps=1e-8):
+def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, eps=1e-8):
     """AdamW; matrices decay, vectors (norms, biases) and embeddings do not. With muon_lr the
     matrices of the blocks are Muon's instead, which learns faster from scratch."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -328,7 +329,7 @@ def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, betas=(0.9, 0.95), 
               {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     fused = others[0].device.type in ("cpu", "cuda")   # one kernel for all parameters
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=fused)
     if not muon:
         return Optimizers(adamw)
     # match_rms_adamw: updates of AdamW's size, so that both share a learning rate and a decay

@@ -24,20 +24,21 @@ def answer_number(text):
     the text. Commas, $ and % are dropped (5% is 5); signs, decimals, fractions and mixed numbers
     count; "42." and "42.0" are 42. A formula such as \\sqrt{2} after "####" or in a box is no
     number. Nothing is evaluated."""
-    text, which = text.replace("\u2212", "-"), -1
+    text = text.replace("\u2212", "-")                 # the minus sign of Unicode
+    marked = "####" in text or "\\boxed" in text
     if "####" in text:
-        text, which = text.rpartition("####")[2].split("\n")[0], 0
+        text = text.rpartition("####")[2].split("\n")[0]
     if "\\boxed" in text:
-        text, which = in_braces(text.rpartition("\\boxed")[2].lstrip()), 0
+        text = in_braces(text.rpartition("\\boxed")[2].lstrip())
     text = re.sub(r"(?<=[0-9])\\([dt]?frac)", r" \\\1", text)               # 3\frac{1}{2} -> 3 1/2
     text = re.sub(r"\\[dt]?frac\{([0-9.]+)\}\{([0-9.]+)\}", r"\1/\2", text)
     for latex, plain in (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\!", ""), ("\\text", ""),
                          ("$-", "-$")):
         text = text.replace(latex, plain)
     found = NUMBER.findall(text)
-    if not found or which == 0 and ("\\" in text or "^" in text):
+    if not found or marked and ("\\" in text or "^" in text):
         return None
-    sign, whole, numerator, denominator = found[which]
+    sign, whole, numerator, denominator = found[0] if marked else found[-1]
     try:
         value = Fraction(numerator.replace(",", "")) / Fraction(denominator or 1)
         value += Fraction(whole or 0)

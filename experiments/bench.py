@@ -872,8 +872,9 @@ GROUPS = {"logp": bench_logp, "generate": bench_generate, "shares": bench_shares
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all but cuda")
-    parser.add_argument("--peers", action="store_true", help="beside other libraries")
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all but "
+                        "cuda, and trl only with --peers")
+    parser.add_argument("--peers", action="store_true", help="also time other libraries")
     parser.add_argument("--logp_memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--cost", nargs=len(BASE), type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

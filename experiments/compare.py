@@ -82,8 +82,8 @@ TABLES = {
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs",
                   "constant", "token_mean", "wide", "dapo"],
 }
-COLUMNS = ["greedy", "accuracy", "pass@8", "kl", "length", "length_wrong", "eos_rate", "ktokens",
-           "seconds", "mem_gb"]
+COLUMNS = ["greedy", "accuracy", "pass@8", "kl_seq", "length", "length_wrong", "eos_rate",
+           "ktokens", "seconds", "mem_gb"]
 # models in memory, and how many of them are trained
 MODELS = {"sft": (1, 1), "dpo": (1, 1), "ppo": (4, 2), "ppo_rule": (3, 2), "grpo": (2, 1),
           "dapo": (1, 1)}

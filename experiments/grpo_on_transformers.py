@@ -50,7 +50,8 @@ def group_advantage(reward, group_size):
     rewards gets exactly 0."""
     r = reward.view(-1, group_size)
     adv = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # exactly, not by the mean
+    # compare the rewards: the float mean of equal rewards can differ from them
+    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
     return torch.where(equal, 0.0, adv).flatten()
 
 

@@ -90,7 +90,7 @@ def print_run(name, seeds):
         moments["best"].append(rows[accuracy.index(max(accuracy))])
         moments["end"].append(rows[-1])
     for moment, rows in moments.items():
-        print_intervals(f"{name:16} {moment:5}", rows, "score", "accuracy", "kl", "length")
+        print_intervals(f"{name:16} {moment:5}", rows, "score", "accuracy", "kl_seq", "length")
 
 
 def draw(seeds, path):
@@ -104,7 +104,7 @@ def draw(seeds, path):
         for name, rows in runs.items():
             style = {"color": RUNS[name][2], "lw": 1, "label": None if i else name}
             if name in AGAINST_KL:
-                distance = [math.sqrt(max(0.0, kl)) for kl in column(rows, "kl")]
+                distance = [math.sqrt(max(0.0, kl)) for kl in column(rows, "kl_seq")]
                 score = column(rows, "score")
                 rise = max(score) - score[0] or 1.0
                 proxy.plot(distance, [(x - score[0]) / rise for x in score], **style)

@@ -95,7 +95,7 @@ BUGS = [Bug(*entry) for entry in [
     ("heads_tiled", "model.py",
      "Key heads are dealt to query heads in turn, 0 1 0 1, where the weights mean 0 0 1 1.",
      "onnx/onnx #7274",
-     "return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)",
+     "return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)",
      "return F.scaled_dot_product_attention(q, *(x.repeat(1, q.size(1) // k.size(1), 1, 1) for "
      "x in (k, v)), is_causal=True)",
      "test_model.py::test_grouped_queries_equal_repeated_keys"),
@@ -553,8 +553,8 @@ BUGS = [Bug(*entry) for entry in [
     ("first_mark", "common/verifier.py",
      "The first #### is read, where the response stands behind the last.",
      "openai/grade-school-math, nanochat gsm8k.py",
-     'text.rpartition("####")[2].split("\\n")[0], 0',
-     'text.partition("####")[2].split("\\n")[0], 0',
+     'text.rpartition("####")[2].split("\\n")[0]',
+     'text.partition("####")[2].split("\\n")[0]',
      "test_numbers.py::"
      "test_the_answer_is_after_the_last_marker_or_in_the_last_box_or_the_last_number"),
 

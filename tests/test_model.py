@@ -234,7 +234,7 @@ def test_sampled_logp_is_the_scored_logp(family, dtype, tolerance, block, monkey
 def test_finished_rows_may_stay_in_the_batch_for_some_steps(monkeypatch):
     """As on a GPU, which looks for finished rows every 8 tokens: what is sampled after the end
     counts for nothing."""
-    monkeypatch.setattr(M, "LOOK_EVERY", {"cpu": 8})
+    monkeypatch.setattr(M, "CHECK_EVERY", {"cpu": 8})
     monkeypatch.setattr(M, "DROP_BELOW", {"cpu": 0.75})
     model = tiny()
     stop = set(model.cfg.stop_token_ids)
@@ -638,7 +638,7 @@ def test_evaluation_metrics_are_those_counted_by_hand():
     metrics, _ = evaluate(Scripted(-1.0), tokenizer, [{"ids": [9]}] * 3, unknown, cfg, samples=2,
                           reward_model=Scripted(), reference=Scripted(-3.0))
     assert metrics == pytest.approx({"eos_rate": 5 / 6, "length": 13 / 6,
-                                     "score": (97 - 1 + 98) / 3, "kl": 2 * (2 + 3 + 2) / 3})
+                                     "score": (97 - 1 + 98) / 3, "kl_seq": 2 * (2 + 3 + 2) / 3})
     assert evaluate(Scripted(), None, [], None, cfg) == ({}, [])
 
 

@@ -102,7 +102,7 @@ def test_gradients_are_finite_differences_and_vanish_along_a_common_shift(loss):
 
 
 def test_huge_differences_stay_finite():
-    """log(1 + exp(.)) written out would overflow (ALGORITHMS 12.11)."""
+    """log(1 + exp(.)) written out would overflow."""
     loss, _ = bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]))
     assert loss == 1e4
 

@@ -482,7 +482,7 @@ def test_rows_like_gsm8ks_train_sft_then_grpo_and_test_rows_are_never_trained_on
     done = script("grpo.py", *QUICK, "--data", "rows.jsonl", "--test", "test.jsonl",
                   "--max_new_tokens", 30, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "7 to report" in done.stdout and "its prompt is in --test" in done.stdout
+    assert "7 test rows" in done.stdout and "its prompt is in --test" in done.stdout
 
 
 def test_sft_trains_on_messages(run, tmp_path):

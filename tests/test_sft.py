@@ -40,7 +40,7 @@ def test_the_loss_is_the_token_mean_of_equation_1():
 
 
 def test_micro_batches_of_any_size_leave_the_gradient_as_it_is():
-    """ALGORITHMS 0.6, the known bug: the mean of the means of micro-batches is not the mean. One
+    """A common bug: the mean of the means of micro-batches is not the mean of the batch. One
     batch of 8 = 8 of 1 = by budget."""
     tokens, mask = ragged()
     n = int(mask.sum())

@@ -171,7 +171,7 @@ def load_prompts(cfg, tokenizer, score, block_size, need_answer=True):
     def prepare(rows):
         rows = filter_rows(rows, lambda row: row["prompt"], "the prompt is empty")
         if need_answer:
-            rows = filter_rows(rows, has_answer, '`score` returns None (no "answer"?)')
+            rows = filter_rows(rows, has_answer, 'no number in "answer", so `score` returns None')
         return tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size)
 
     if not cfg.data:

@@ -160,7 +160,7 @@ class KVCache:
         block = self.BLOCK[self.bias.device.type]
         new = block - self.used % block
         self.bias = F.pad(self.bias, (0, new), value=-math.inf)
-        for i, (k, v) in enumerate(self.layers):           # layer by layer: never two whole caches
+        for i, (k, v) in enumerate(self.layers):     # layer by layer: old and new never both whole
             self.layers[i] = (F.pad(k, (0, 0, 0, new)), F.pad(v, (0, 0, 0, new)))
 
     @property
@@ -535,7 +535,7 @@ def decode_loop(model, cache, logits, length, max_new_tokens, temperature, stop,
         if cache.full:
             cache.grow()
             step = None
-        if step is None:                                       # tensors have moved
+        if step is None:                                       # at the start, or shapes changed
             step_token = token
             step = functools.partial(decode_one_token, model, step_token, position, cache, tau)
             step = capture_cuda_graph(step, device)
@@ -573,7 +573,7 @@ def capture_cuda_graph(step, device):
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()                                                # libraries allocate at the first call
+        step()                          # warm-up: a first call allocates, which a capture may not
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

@@ -136,7 +136,8 @@ def read_config(path, files):
         ours["qkv_bias"] = family == "qwen2"
         ours["qk_norm"] = family == "qwen3"
         if family == "llama" and config.get("attention_bias") and config.get("mlp_bias"):
-            ours["bias"] = config.pop("attention_bias") and config.pop("mlp_bias")
+            del config["attention_bias"], config["mlp_bias"]
+            ours["bias"] = True
 
     ours["stop_token_ids"] = read_stop_token_ids(path, files, config, ours["vocab_size"], refuse)
     config.pop("eos_token_id", None)

@@ -305,7 +305,7 @@ class Run:
 
 
 def hash_rows(splits):
-    """A resumed run refuses other data than it began with."""
+    """SHA-256 of all rows; a resumed run refuses data with another hash."""
     digest = hashlib.sha256()
     for rows in splits:
         for row in rows:

@@ -385,8 +385,8 @@ def test_what_the_update_gets_is_what_was_sampled_and_earned(tmp_path, monkeypat
     forwards, calls = [], []
     token_logp, loss = GPT.token_logp, grpo.grpo_loss
 
-    def recorded_token_logp(self, tokens, **more):
-        logp, entropy = token_logp(self, tokens, **more)
+    def recorded_token_logp(self, tokens, *args, **more):
+        logp, entropy = token_logp(self, tokens, *args, **more)
         forwards.append((tokens, entropy))
         return logp, entropy
 

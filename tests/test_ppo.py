@@ -429,9 +429,9 @@ def test_what_the_update_gets_is_what_was_sampled_scored_and_valued(tmp_path, mo
     first_gaps = {}                                            # largest |new - old| before a step
     token_logp = GPT.token_logp
 
-    def recorded_token_logp(self, tokens, **more):
+    def recorded_token_logp(self, tokens, *args, **more):
         forwards.append(tokens)
-        return token_logp(self, tokens, **more)
+        return token_logp(self, tokens, *args, **more)
 
     def recorded_initial_reward(*args):
         reward, correct = compute_reward(*args)

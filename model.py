@@ -315,9 +315,9 @@ class LinearLogp(torch.autograd.Function):
             d_weight = torch.zeros_like(weight)
         for rows, vocab in LinearLogp.tiles(hidden, cast):
             h, w, g = hidden[rows], cast[vocab], grad[rows]
-            p = compute_logits(h, w, ctx.temperature).sub_(lse[rows]).exp_()  # (n, v)
-            column, inside = locate_target(targets[rows], vocab, p.size(1))
-            da = p.mul_(-g)                                                 # -g p_v
+            da = compute_logits(h, w, ctx.temperature)                      # (n, v)
+            da = da.sub_(lse[rows]).exp_().mul_(-g)                         # -g p_v
+            column, inside = locate_target(targets[rows], vocab, da.size(1))
             da.scatter_add_(1, column, torch.where(inside, g, 0.0))         # + g where v = y
             da = da.to(h.dtype)
             if d_hidden is not None:
@@ -455,10 +455,10 @@ class GPT(nn.Module):
             prompt_tokens, hidden = prefill(self, prompts, length, cache, pad)  # (B, P), (B, C)
             cache.expand_prompts(length, group_size)
             length = length.repeat_interleave(group_size).to(device)        # (N,), N = B G
-            logits = compute_logits(hidden, self.unembedding, temperature or 1.0)
-            logits = logits.repeat_interleave(group_size, 0)                # (N, V)
-            response, logp, count = decode_loop(self, cache, logits, length, max_new_tokens,
-                                                temperature, stop, pad, generator)
+            logits = compute_logits(hidden, self.unembedding, temperature or 1.0)  # (B, V)
+            response, logp, count = decode_loop(
+                self, cache, logits.repeat_interleave(group_size, 0), length, max_new_tokens,
+                temperature, stop, pad, generator)
 
         # prompt and response side by side, right-padded
         total = length + count                                              # (N,)

@@ -2,8 +2,7 @@
 PPO for RLHF: Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347) on a learned
 reward with a KL penalty (Ziegler et al. 2019, arXiv 1909.08593; InstructGPT, arXiv 2203.02155).
 
-A reward model scores the response, a critic predicts that score at every token, and what turns out
-better than predicted becomes more likely.
+A critic predicts the reward at every token; what turns out better than predicted becomes likelier.
 
     the RLHF objective    E_{y ~ π_θ} [ r(x, y) - β log(π_θ(y | x) / π_ref(y | x)) ]             (1)
     R_t  = -β (log π_old(y_t) - log π_ref(y_t)),  and + r(x, y) on the last token                (2)
@@ -19,18 +18,16 @@ What the papers leave open or do otherwise:
 
     1. The critic starts as the reward model, head included; under the rule as the SFT model with a
        head of zeros. Policy and critic are two networks with two losses and two gradient norms.
-    2. Rewards are divided by their standard deviation over responses of the SFT model (as in
-       1909.08593), so that β and ε_v mean the same for every reward. The log shows them undivided.
+    2. Rewards are divided by their standard deviation over responses of the SFT model (1909.08593),
+       so that β and ε_v mean the same for every reward. The log shows them undivided.
     3. The reward is on the last token, the end token, and V after it is 0. A truncated response has
        no end token to read a score at: it gets --truncated_reward, or the rollout's lowest.
-    4. The KL penalty has no gradient and is not clamped: a token's may be negative.
+    4. The KL penalty has no gradient and is not clamped: a token's may be negative. β is fixed.
     5. Advantages are whitened over the response tokens of the rollout, after the returns are taken.
-    6. Adam's eps is 1e-5, rates fall linearly to 0. No entropy bonus, no adaptive β.
-    7. With a sum over tokens, λ = γ = 1 and no whitening, (5) has exactly the gradient of (1). The
+    6. With a sum over tokens, λ = γ = 1 and no whitening, (5) has exactly the gradient of (1). The
        token mean only scales it in a large batch, and favours short responses in a small one.
 
-Run:     python ppo.py                 -> out/ppo, from out/sft and out/reward
-         python ppo.py --reward rule   the verifier instead of the reward model
+Run:     python ppo.py                 -> out/ppo, from out/sft and out/reward (or --reward rule)
 Yours:   python ppo.py --data rows.jsonl --init out/mine --reward out/my_reward    {"prompt"}
 Ablate:  --kl_beta 0     --gae_lambda 1     --value_clip_eps 0     --epochs 4
 """
@@ -264,10 +261,11 @@ def train(cfg):
                     with autocast(device):                      # bf16 forward on CUDA
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
-                        value = critic.value(tokens[rows, :width])
                     loss, loss_stats = ppo_loss(
                         logp, old, adv[rows, :width], chosen, cfg.clip_eps, n)
                     loss.backward()
+                    with autocast(device):
+                        value = critic.value(tokens[rows, :width])   # after backward: less memory
                     loss, value_stats = value_loss(
                         value, old_value[rows, :width], ret[rows, :width], chosen,
                         cfg.value_clip_eps, n)

@@ -63,12 +63,12 @@ def read_checkpoint(folder):
                          f"({type(e).__name__})") from e
 
 
-def load(path, device="cpu", kind=None, chat="auto", system=""):
+def load(path, device="cpu", kind=None, chat="auto", system="", today=""):
     """A checkpoint folder or a Hugging Face folder -> model, tokenizer.
 
     kind: "GPT" or "ScalarModel", where the other one is an error. chat: "chat" makes a lone prompt
     a user's turn, "plain" leaves it plain text; "auto", and system "", keep what the checkpoint was
-    trained with or the folder's template says."""
+    trained with or the folder's template says. today: date that a template may print; "": now."""
     is_checkpoint = os.path.exists(os.path.join(path, "ckpt.pt")) or not is_hf_folder(path)
     data = read_checkpoint(path) if is_checkpoint else {"kind": "GPT"}
     if kind and data["kind"] != kind:
@@ -76,7 +76,7 @@ def load(path, device="cpu", kind=None, chat="auto", system=""):
         found = names.get(str(data["kind"]), "neither a policy nor a reward model")
         raise InputError(f"{path}: this is {found}, and {names[kind]} is needed here")
     if not is_checkpoint:
-        return read_folder(path, device, chat, system)
+        return read_folder(path, device, chat, system, today)
     try:
         model = GPT(GPTConfig(**data["config"]))
     except Exception as e:

@@ -129,12 +129,21 @@ def filter_rows(rows, keep, reason, need=True):
     return kept
 
 
+def at_line(row, encode, *args):
+    """encode(*args); an error, such as of a chat template, names the row's file and line."""
+    try:
+        return encode(*args)
+    except InputError as e:
+        raise InputError(f"{row.get('_line') or repr(row['prompt'])}: {e}") from None
+
+
 def tokenize_prompts(rows, tokenizer, max_new_tokens, block_size, need=True):
     """Rows with their prompt's "ids", of those that leave room for max_new_tokens."""
     def has_room(row):
         return len(row["ids"]) + max_new_tokens <= block_size
 
-    rows = [row | {"ids": encode_prompt(tokenizer, row)} for row in rows]
+    rows = [row | {"ids": at_line(row, encode_prompt, tokenizer, row)} for row in rows]
+    rows = filter_rows(rows, lambda row: row["ids"], "the prompt has no token", need)
     reason = f"prompt + --max_new_tokens {max_new_tokens} exceed the model's {block_size} tokens"
     return filter_rows(rows, has_room, reason, need)
 
@@ -190,11 +199,11 @@ def tokenize_demonstration(row, tokenizer):
     """Add "ids" of the prompt, "tokens" of prompt, response and end token, their "mask", and the
     number of assistant "turns" in it."""
     if "messages" in row:                                   # every turn of the assistant is trained
-        tokens, mask, turns = encode_chat(tokenizer, row["messages"])
+        tokens, mask, turns = at_line(row, encode_chat, tokenizer, row["messages"])
     else:
-        tokens, mask = encode_response(tokenizer, row, row["response"])
+        tokens, mask = at_line(row, encode_response, tokenizer, row, row["response"])
         turns = 1
-    ids = encode_prompt(tokenizer, row)
+    ids = at_line(row, encode_prompt, tokenizer, row)
     return row | {"ids": ids, "tokens": tokens, "mask": mask, "turns": turns}
 
 
@@ -209,6 +218,7 @@ def load_demonstrations(cfg, tokenizer, block_size, built_in):
     def prepare(rows):
         rows = filter_rows(rows, has_text, "the prompt or the response is empty")
         rows = [tokenize_demonstration(row, tokenizer) for row in rows]
+        rows = filter_rows(rows, lambda row: row["ids"], "the prompt has no token")
         return filter_rows(rows, fits, f"longer than {block_size} tokens (--block_size)")
 
     if not cfg.data:

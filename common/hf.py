@@ -307,7 +307,7 @@ def is_hf_folder(folder, or_run_from_one=False):
     return True
 
 
-def read_folder(path, device="cpu", chat="auto", system=""):
+def read_folder(path, device="cpu", chat="auto", system="", today=""):
     """A Hugging Face folder -> model, tokenizer."""
     files = {}
     for name in (*COPIED_FILES, "model.safetensors.index.json"):
@@ -317,7 +317,7 @@ def read_folder(path, device="cpu", chat="auto", system=""):
     try:
         family, cfg = read_config(path, files)
         copied = {name: text for name, text in files.items() if name in COPIED_FILES}
-        tokenizer = folder_tokenizer(path, copied, cfg, chat, system)
+        tokenizer = folder_tokenizer(path, copied, cfg, chat, system, today)
         stop_at_turn_end(cfg, tokenizer)
         return read_weights(path, files, family, cfg, device), tokenizer
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as e:

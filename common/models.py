@@ -9,7 +9,7 @@ import sys
 import torch
 
 from common.checkpoint import load, read_checkpoint
-from common.flags import check_limits
+from common.flags import check_limits, read_settings
 from common.tokenizer import InputError, chat_by_default, make_tokenizer
 from common.train import configure_blocks, freeze
 from model import GPT, GPTConfig, ScalarModel
@@ -48,11 +48,16 @@ def ensure_checkpoint(folder, script, default, seed, *flags):
         raise InputError(f"{script} failed, see above; {folder} is needed here")
 
 
+def first_day(cfg):
+    """The date that the templates of a resumed run print, or its prompts would change overnight."""
+    return read_settings(cfg.out).get("today", "") if cfg.resume else ""
+
+
 def load_policy(cfg, device):
     """The policy in --init and its tokenizer. Runs sft.py first if the default one is missing."""
     if not cfg.data:
         ensure_checkpoint(cfg.init, "sft.py", type(cfg).init, cfg.seed)
-    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system, first_day(cfg))
     configure_blocks(policy, cfg.gradient_checkpointing, cfg.compile)
     return policy, tokenizer
 
@@ -60,7 +65,7 @@ def load_policy(cfg, device):
 def load_or_create_model(cfg, device):
     """The model in --init, or a new one of the shape in the flags, and its tokenizer."""
     if cfg.init:
-        model, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system)
+        model, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system, first_day(cfg))
         for name in ("block_size", "n_layer", "n_embd", "n_head"):
             ours, its = getattr(cfg, name), getattr(model.cfg, name)
             if ours not in (getattr(type(cfg), name), its):

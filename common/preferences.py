@@ -5,7 +5,7 @@ import math
 import os
 from collections import Counter
 
-from common.data import filter_rows, read_rows, require_text, split_rows
+from common.data import at_line, filter_rows, read_rows, require_text, split_rows
 from common.tokenizer import InputError, encode_response
 
 
@@ -106,10 +106,9 @@ def load_pairs(path, test_path, tokenizer, block_size):
     splits = split_rows(rows, read_preferences(test_path) if test_path else None)
     for pairs in splits:
         for row in pairs:
-            chosen_tokens, chosen_mask = encode_response(tokenizer, row, row["chosen"])
-            rejected_tokens, rejected_mask = encode_response(tokenizer, row, row["rejected"])
-            row["tokens"] = (chosen_tokens, rejected_tokens)
-            row["mask"] = (chosen_mask, rejected_mask)
+            texts = row["chosen"], row["rejected"]
+            encoded = [at_line(row, encode_response, tokenizer, row, text) for text in texts]
+            row["tokens"], row["mask"] = zip(*encoded)
     reason = f"a response is longer than the model's {block_size} tokens"
     return [filter_rows(pairs, fits, reason, need=pairs is splits[0]) for pairs in splits]
 
@@ -147,7 +146,7 @@ def tokenize_rankings(pairs, tokenizer, block_size, need=True):
 
     rows = pairs_to_rankings(pairs)
     for row in rows:
-        encoded = [encode_response(tokenizer, row, text) for text in row["responses"]]
+        encoded = [at_line(row, encode_response, tokenizer, row, text) for text in row["responses"]]
         row["tokens"], row["mask"] = zip(*encoded)
     reason = f"a response is longer than the model's {block_size} tokens"
     return filter_rows(rows, fits, reason, need)

@@ -147,7 +147,8 @@ class Run:
             os.replace(self.out, f"{self.out}.{n}")
             print(f"{self.out}: the earlier run is kept as {self.out}.{n}")
         os.makedirs(self.out, exist_ok=True)
-        settings = {"script": script_name(type(self.cfg)), "pretrained": bool(self.tokenizer.files)}
+        settings = {"script": script_name(type(self.cfg)), "today": self.tokenizer.today,
+                    "pretrained": bool(self.tokenizer.files)}
         settings |= asdict(self.cfg) | {"resume": False}
         self.write("config.json", json.dumps(settings, indent=2))
         self.metrics_file = open(self.path("metrics.jsonl"), "a", buffering=1, encoding="utf-8")

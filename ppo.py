@@ -16,12 +16,10 @@ A critic predicts the reward at every token; what turns out better than predicte
 
 What the papers leave open or do otherwise:
 
-    1. The critic starts as the reward model, head included; under the rule as the SFT model with a
-       head of zeros. Policy and critic are two networks with two losses and two gradient norms.
-    2. Rewards are divided by their standard deviation over responses of the SFT model (1909.08593),
-       so that β and ε_v mean the same for every reward. The log shows them undivided.
+    1. The critic starts as the reward model; under the rule as the SFT model with a head of zeros.
+    2. Rewards are divided by their std over SFT responses (1909.08593); the log shows them undivided.
     3. The reward is on the last token, the end token, and V after it is 0. A truncated response has
-       no end token to read a score at: it gets --truncated_reward, or the rollout's lowest.
+       no end token, hence no score: it gets --truncated_reward, or the rollout's lowest.
     4. The KL penalty has no gradient and is not clamped: a token's may be negative. β is fixed.
     5. Advantages are whitened over the response tokens of the rollout, after the returns are taken.
     6. With a sum over tokens, λ = γ = 1 and no whitening, (5) has exactly the gradient of (1). The

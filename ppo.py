@@ -17,7 +17,7 @@ A critic predicts the reward at every token; what turns out better than predicte
 What the papers leave open or do otherwise:
 
     1. The critic starts as the reward model; under the rule as the SFT model with a head of zeros.
-    2. Rewards are divided by their std over SFT responses (1909.08593); the log shows them undivided.
+    2. Rewards are divided by their std over SFT responses (1909.08593); the log has them undivided.
     3. The reward is on the last token, the end token, and V after it is 0. A truncated response has
        no end token, hence no score: it gets --truncated_reward, or the rollout's lowest.
     4. The KL penalty has no gradient and is not clamped: a token's may be negative. β is fixed.

@@ -332,7 +332,8 @@ def train(cfg):
         scores = compute_scores(model, list(zip(row["tokens"], row["mask"])), cfg)
         prompts += [row] * len(scores)
         texts += [f"{r:+.2f}  {text}" for r, text in zip(scores, row["responses"])]
-    print("scores\n" + run.write_samples("scores", prompts, texts, n=len(texts)))
+    if texts:
+        print("scores\n" + run.write_samples("scores", prompts, texts, n=len(texts)))
     run.plot("loss val_loss", "acc val_acc", "margin val_margin")
 
 

@@ -118,12 +118,14 @@ def check_limits(cfg):
             raise InputError(f"--{f.name} {x}: must be above 0, {ABOVE_ZERO[f.name]}")
         if f.name in BELOW_HALF and not 0 <= x < 0.5:
             raise InputError(f"--{f.name} {x}: must be from 0 to below 0.5, {BELOW_HALF[f.name]}")
-        if math.isinf(x):
+        if abs(x) == math.inf:
             raise InputError(f"--{f.name} {x}: must be finite")
         if not x >= low:                               # nor nan
             raise InputError(f"--{f.name} {x}: must be at least {low}")
         if x > high:
             raise InputError(f"--{f.name} {x}: must be at most {high}")
+    if cfg.test and not cfg.data:
+        raise InputError(f"--test {cfg.test}: needs --data; the built-in task has test rows of its own")
     if hasattr(cfg, "minibatch"):
         n = cfg.prompts * getattr(cfg, "group_size", 1)
         if n % cfg.minibatch:

@@ -129,6 +129,8 @@ FLAGS = [
     ("sft.py", "--lr inf", "--lr"),
     ("sft.py", "--lr", "--lr"),
     ("sft.py", "--seed -1", "--seed"),
+    ("sft.py", "--seed 1" + "0" * 400, "--seed"),
+    ("grpo.py", "--test rows.jsonl", "--test --data"),
     ("sft.py", "--seed 4294967296", "--seed"),
     ("sft.py", "--grad_clip -1", "--grad_clip"),
     ("sft.py", "--widht 64", "--widht"),

@@ -103,8 +103,8 @@ def load_reward_model(cfg, policy, tokenizer):
             ("n_embd", model.trunk.cfg.n_embd, policy.cfg.n_embd),
             ("block_size", model.trunk.cfg.block_size, policy.cfg.block_size)):
         if theirs != ours:
-            raise InputError(f"--reward {cfg.reward}: made for {name} {theirs!r}, and the policy has "
-                             f"{ours!r}; make one by reward.py --init {cfg.init}, --chat, --system")
+            raise InputError(f"--reward {cfg.reward}: made for {name} {theirs!r}, the policy has "
+                             f"{ours!r}; make one by reward.py with the same --init, --chat, --system")
     return freeze(model)
 
 

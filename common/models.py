@@ -104,7 +104,8 @@ def load_reward_model(cfg, policy, tokenizer):
             ("block_size", model.trunk.cfg.block_size, policy.cfg.block_size)):
         if theirs != ours:
             raise InputError(f"--reward {cfg.reward}: made for {name} {theirs!r}, the policy has "
-                             f"{ours!r}; make one by reward.py with the same --init, --chat, --system")
+                             f"{ours!r}; make one by reward.py with the same --init, --chat and "
+                             "--system")
     return freeze(model)
 
 

@@ -125,7 +125,7 @@ def check_limits(cfg):
         if x > high:
             raise InputError(f"--{f.name} {x}: must be at most {high}")
     if cfg.test and not cfg.data:
-        raise InputError(f"--test {cfg.test}: needs --data; the built-in task has its own test rows")
+        raise InputError(f"--test {cfg.test}: needs --data; the built-in task has its own rows")
     if hasattr(cfg, "minibatch"):
         n = cfg.prompts * getattr(cfg, "group_size", 1)
         if n % cfg.minibatch:

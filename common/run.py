@@ -203,8 +203,13 @@ class Run:
         row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
         self.rows.append(row)
         self.metrics_file.write(json.dumps(row) + "\n")
-        if self.steps > 200 and step % 10 and "val_loss" not in row and step > 1:
-            return self.check_early_stopping(row)      # of a long run every tenth line
+        is_first = self.clock is None
+        if is_first:
+            self.clock = step, time.perf_counter()
+            self.set_signal_handler(signal.default_int_handler, self.on_signal)
+        is_shown = is_first or step % 10 == 0 or self.is_eval_step(step)
+        if self.steps > 200 and not is_shown:          # a long run shows every tenth step
+            return self.check_early_stopping(row)
         if self.lines % 20 == 0:                       # the names again
             names = [f"{name:>6}" for name in self.columns]
             print("  ".join([f"{'step':<9}", *names, "mem_gb", "left"]))
@@ -214,10 +219,7 @@ class Run:
             cell = format_number(row[name]) if name in row else ""
             cells.append(f"{cell:>{max(6, len(name))}}")
         cells.append(f"{memory:6.1f}")
-        if self.clock is None:                      # the time left is known from the second line on
-            self.clock = step, time.perf_counter()
-            self.set_signal_handler(signal.default_int_handler, self.on_signal)
-        else:
+        if not is_first:                               # the time left is known from the second line
             first, start = self.clock
             left = int((time.perf_counter() - start) / (step - first) * (self.steps - step))
             cells.append(f"{left // 60}:{left % 60:02}")

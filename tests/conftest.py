@@ -10,8 +10,14 @@ import signal
 import subprocess
 import sys
 
-import pytest
-import torch
+# One thread, here and in the scripts that tests start: the models are tiny, and with several the
+# order of a sum, hence the last digits, may depend on how busy the machine is.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "experiments")]

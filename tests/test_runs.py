@@ -232,7 +232,7 @@ def test_gradient_checkpointing_changes_no_metric_and_bf16_keeps_float32_weights
         module.train(parse_config(module.Config, argv))
     plain, bf16 = metrics(tmp_path / "plain"), metrics(tmp_path / "bf16")
     assert metrics(tmp_path / "again") == plain
-    assert bf16 != plain and bf16[-1]["step"] >= 3         # reward.py may collect fewer pairs in bf16
+    assert bf16 != plain and bf16[-1]["step"] >= 3      # in bf16 reward.py collects other pairs
     for row in bf16:
         assert all(math.isfinite(x) for x in row.values())
     assert capsys.readouterr().out.count("memory in MiB: weights") == 3

@@ -96,21 +96,33 @@ def better_worse(items, ranks):
     return pairs
 
 
-def load_pairs(path, test_path, tokenizer, block_size):
-    """Pairs to train on, to validate on and to report on, each with the "tokens" of prompt,
-    response and end token and the "mask" of its two responses, the chosen one first."""
+def tokenize_responses(row, tokenizer, texts):
+    """Add "tokens" of prompt, response and end token, and their "mask", for each of the texts."""
+    encoded = [at_line(row, encode_response, tokenizer, row, text) for text in texts]
+    row["tokens"], row["mask"] = zip(*encoded)
+
+
+def filter_long_responses(rows, block_size, need):
+    """The rows whose responses all fit the model, each with its prompt."""
     def fits(row):
         return max(len(ids) for ids in row["tokens"]) <= block_size
 
+    reason = f"a response is longer than the model's {block_size} tokens"
+    return filter_rows(rows, fits, reason, need)
+
+
+def load_pairs(path, test_path, tokenizer, block_size):
+    """Pairs to train on, to validate on and to report on, each with the "tokens" and the "mask" of
+    its two responses, the chosen one first."""
     rows = read_preferences(path)
     splits = split_rows(rows, read_preferences(test_path) if test_path else None)
     for pairs in splits:
         for row in pairs:
-            texts = row["chosen"], row["rejected"]
-            encoded = [at_line(row, encode_response, tokenizer, row, text) for text in texts]
-            row["tokens"], row["mask"] = zip(*encoded)
-    reason = f"a response is longer than the model's {block_size} tokens"
-    return [filter_rows(pairs, fits, reason, need=pairs is splits[0]) for pairs in splits]
+            tokenize_responses(row, tokenizer, (row["chosen"], row["rejected"]))
+    train, val, test = splits
+    return (filter_long_responses(train, block_size, need=True),
+            filter_long_responses(val, block_size, need=False),
+            filter_long_responses(test, block_size, need=False))
 
 
 def pairs_to_rankings(pairs):
@@ -140,16 +152,11 @@ def pairs_to_rankings(pairs):
 
 
 def tokenize_rankings(pairs, tokenizer, block_size, need=True):
-    """Rankings, each response with the "tokens" of prompt, response and end token, and "mask"."""
-    def fits(row):
-        return max(len(ids) for ids in row["tokens"]) <= block_size
-
+    """Rankings of the pairs, with the "tokens" and the "mask" of every response."""
     rows = pairs_to_rankings(pairs)
     for row in rows:
-        encoded = [at_line(row, encode_response, tokenizer, row, text) for text in row["responses"]]
-        row["tokens"], row["mask"] = zip(*encoded)
-    reason = f"a response is longer than the model's {block_size} tokens"
-    return filter_rows(rows, fits, reason, need)
+        tokenize_responses(row, tokenizer, row["responses"])
+    return filter_long_responses(rows, block_size, need)
 
 
 def load_centring_responses(cfg, tokenizer, block_size, rows):

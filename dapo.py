@@ -24,14 +24,16 @@ GRPO with four changes, and without the KL penalty and its reference model: `dif
 What the paper leaves open or does otherwise:
 
     1. The rule gives 1 and 0, not 1 and -1: the length penalty weighs twice what it does there.
-    2. Sampling stops after max_generations; uninformative groups, with Â = 0, fill the batch.
-    3. A reward model's scores hardly ever tie: with --reward FOLDER every group is informative.
+    2. A group is informative if its scores differ, before bonus and penalty; with 1 and 0 this is
+       Eq. 11. A reward model's scores hardly ever tie, so nearly all groups are.
+    3. Sampling stops after max_generations; a batch that is not full then stays smaller.
     4. Reward, accuracy, length and eos_rate are logged of all that was sampled, kept or not.
 
 Run:     python dapo.py                                      -> out/dapo, from out/sft
 Yours:   python dapo.py --data rows.jsonl --init out/mine --max_new_tokens 300 --overlong_cache 60
-Ablate:  --clip_high 0.2     --max_generations 1     --overlong_cache 0
+Ablate:  --clip_high 0.2     --max_generations 0     --overlong_cache 0
 """
+import math
 import time
 from dataclasses import dataclass
 
@@ -42,8 +44,8 @@ from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.models import load_policy, load_reward_model, setup
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, compute_logp, compute_reward, estimate_memory, fill_batch,
-                          make_optimizer, micro_batches, set_lr)
+from common.train import (batches, compute_logp, compute_reward, estimate_memory,
+                          make_optimizer, measure_reward, micro_batches, select_groups, set_lr)
 from common.verifier import answer_number
 from model import autocast
 
@@ -65,12 +67,12 @@ class Config:
     group_size: int = 8           # G, responses per prompt; their mean reward is the baseline
     max_new_tokens: int = 24      # longest response; one that has not ended by then is truncated
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    truncated_reward: float = 0.0 # of a truncated response; the rollout's lowest reward if lower
+    truncated_reward: float = 0.0 # of a truncated response; the lowest reward at the start if lower
     format_reward: float = 0.0    # bonus for one number marked once, by #### or \boxed{}; 0: none
     # objective
     clip_low: float = 0.2         # ε_low, how far the ratio may fall below 1
     clip_high: float = 0.28       # ε_high, how far it may rise above 1
-    max_generations: int = 10     # generations for one rollout, at most; 1: no dynamic sampling
+    max_generations: int = 10     # generations for one rollout, at most; 0: no dynamic sampling
     overlong_cache: int = 6       # L_cache, the last tokens before the limit are penalised; 0: none
     # optimisation
     steps: int = 50               # rollouts
@@ -111,10 +113,11 @@ def group_advantage(reward, group_size):
     return torch.where(equal, 0.0, adv).flatten()
 
 
-def informative(accuracy):
-    """Eq. 11. accuracy (P,) of each group, by the rule -> (P,) whether some of its responses are
-    right and some wrong."""
-    return (accuracy > 0) & (accuracy < 1)
+def informative(score, group_size):
+    """Eq. 11. score (B,), the responses of one prompt adjacent -> (P,) whether those of a prompt
+    differ."""
+    r = score.view(-1, group_size)
+    return r.amax(1) > r.amin(1)
 
 
 def soft_overlong(length, max_len, cache):
@@ -131,7 +134,7 @@ def dapo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
     old_logp = torch.where(mask > 0, old_logp, 0.0)
     if n is None:
         n = mask.sum().clamp(min=1)                                       #         Σ_i |o_i|
-    ratio = (logp - old_logp).exp()                                       # (B, T)  r_it, 1 at first
+    ratio = (logp - old_logp).clamp(max=20).exp()                         # (B, T)  r_it, 1 at first
     adv = adv[:, None]                                                    # (B, 1)  Â_i
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
     loss = -(surrogate * mask).sum() / n                                  # 1/Σ_i |o_i| Σ_i Σ_t
@@ -173,9 +176,11 @@ def train(cfg):
     run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS)
 
     def evaluate_policy(rows, samples=1):
-        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model)
+        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, None,
+                        run.state["truncated_reward"])
 
-    if run.is_new:
+    if run.is_new:                                              # fixes truncated_reward
+        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
         run.state["prompts_used"] = 0
@@ -186,7 +191,7 @@ def train(cfg):
         # 1. rollout: group_size responses to every prompt, new prompts for uninformative groups
         start, stats = time.perf_counter(), MetricMean()
         generations, keep = [], torch.zeros(0, dtype=torch.bool)
-        while keep.sum() < cfg.prompts and len(generations) < cfg.max_generations:
+        while keep.sum() < cfg.prompts and len(generations) < max(1, cfg.max_generations):
             batch = [next(batch_iter)[0] for _ in range(cfg.prompts - int(keep.sum()))]
             prompts = [row["ids"] for row in batch]
             tokens, mask, sampler_logp = policy.generate(       # (b G, T) each
@@ -195,33 +200,32 @@ def train(cfg):
 
             # 2. reward: as in GRPO, and a penalty near the limit of tokens
             responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
-            reward, correct = compute_reward(                   # (b G,) each
-                cfg, reward_model, score, batch, tokens, mask_cpu, responses)
+            reward, raw, correct = compute_reward(              # (b G,) each
+                cfg, reward_model, score, batch, tokens, mask_cpu, responses,
+                run.state["truncated_reward"])
+            differs = informative(raw, cfg.group_size)          # (b,)
             reward = reward + soft_overlong(mask_cpu.sum(1), cfg.max_new_tokens, cfg.overlong_cache)
             rollout = rollout_stats(reward, correct, mask_cpu, responses, cfg.group_size)
+            rollout["frac_zero_std"] = 1 - differs.float().mean()
             stats.add(rollout, len(batch))
-            kept = torch.ones(len(batch), dtype=torch.bool)
-            if reward_model is None:
-                kept = informative((correct > 0).float().view(-1, cfg.group_size).mean(1))
-            keep = torch.cat([keep, kept])                      # (groups so far,)
-            kept = kept.repeat_interleave(cfg.group_size)       # (b G,)
-            generations.append((tokens, mask, mask_cpu, sampler_logp, reward, kept))
-        tokens, mask, mask_cpu, sampler_logp, reward, kept = fill_batch(
-            generations, keep, cfg.prompts, cfg.group_size)
+            keep = torch.cat([keep, differs | (cfg.max_generations == 0)])  # (groups so far,)
+            generations.append((tokens, mask, mask_cpu, sampler_logp, reward))
+        tokens, mask, mask_cpu, sampler_logp, reward = select_groups(
+            generations, keep, cfg.group_size)
+        B = len(tokens)                                         # smaller if sampling has stopped
         if not on_policy:
             old_logp = compute_logp(policy, tokens, mask_cpu, cfg.temperature, micro_tokens)
         run.state["prompts_used"] += len(keep)
-        stats.add({"frac_zero_std": 1 - keep.float().mean()})
 
         # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group_size)           # (B,)
-        adv = (adv * kept).to(device)                           # 0 in uninformative groups
+        adv = group_advantage(reward, cfg.group_size).to(device)  # (B,)
         rollout_end = time.perf_counter()
 
         # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
         for _ in range(cfg.epochs):
-            for minibatch in torch.randperm(B).split(cfg.minibatch):
+            n_steps = max(1, math.ceil(B / cfg.minibatch))      # of equal size, up to one response
+            for minibatch in torch.randperm(B).tensor_split(n_steps):
                 n = int(mask_cpu[minibatch].sum())              # response tokens in this step
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):

@@ -33,6 +33,7 @@ Yours:   python dpo.py --data pairs.jsonl --init out/mine    {"prompt", "chosen"
          HH-RLHF's own files, or {"prompt", "responses": [best, ..., worst]}
 Ablate:  --sft_coef 0 --lr 2e-5     --beta 0.5     --label_smoothing 0.1
 """
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ def train(cfg):
     val_prompts = held_out_prompts(val_pairs, "val", cfg, tokenizer, block_size)
     test_prompts = held_out_prompts(test_pairs, "test", cfg, tokenizer, block_size)
     batch_size = min(cfg.batch, len(train_pairs))
-    steps = cfg.epochs * len(train_pairs) // batch_size
+    steps = math.ceil(cfg.epochs * len(train_pairs) / batch_size)
     optimizer = make_optimizer(policy, cfg.lr)
     estimate_memory(device, optimizer, [policy], [], cfg.micro_batch_tokens)
     run = Run(cfg, steps, policy, optimizer, tokenizer, splits, COLUMNS)

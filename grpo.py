@@ -17,7 +17,8 @@ What the paper leaves open or does otherwise:
     1. std divides by G - 1 and has 1e-4 added; a group of equal rewards has advantage exactly 0.
     2. The reward is a rule, or a fixed reward model; no outer loop retrains it.
     3. D has the value of KL(π_θ ‖ π_ref), but the gradient of KL(π_ref ‖ π_θ). 1/|o_i| and std bias
-       the gradient of the mean reward. tests/test_grpo.py proves both.
+       the gradient of the mean reward. tests/test_grpo.py proves both. The log's kl is the mean of
+       log π_old/π_ref: after a step, D on old responses is no estimate of a KL.
     4. Temperature divides the logits everywhere, so π is the distribution that was sampled from.
 
 Run:     python grpo.py                                      -> out/grpo, from out/sft
@@ -36,7 +37,7 @@ from common.models import load_policy, load_reward_model, setup
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (batches, compute_logp, compute_reward, estimate_memory, freeze,
-                          make_optimizer, micro_batches, set_lr)
+                          make_optimizer, measure_reward, micro_batches, set_lr)
 from common.verifier import answer_number
 from model import autocast
 
@@ -58,7 +59,7 @@ class Config:
     group_size: int = 8           # G, responses per prompt; their mean reward is the baseline
     max_new_tokens: int = 24      # longest response; one that has not ended by then is truncated
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    truncated_reward: float = 0.0 # of a truncated response; the rollout's lowest reward if lower
+    truncated_reward: float = 0.0 # of a truncated response; the lowest reward at the start if lower
     format_reward: float = 0.0    # bonus for one number marked once, by #### or \boxed{}; 0: none
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
@@ -84,7 +85,7 @@ class Config:
 # defaults where --init is a Hugging Face folder, or a checkpoint that began as one
 PRETRAINED = dict(
     max_new_tokens=512, format_reward=0.1, steps=200, lr=1e-6, warmup=10, eval_every=20,
-    gradient_checkpointing=True)
+    max_kl=500.0, gradient_checkpointing=True)
 COLUMNS = ("reward accuracy frac_zero_std length eos_rate entropy clip_high grad_norm tok_s "
            "kl val_greedy val_accuracy")
 
@@ -107,8 +108,9 @@ def group_advantage(reward, group_size):
 
 def kl_k3(logp, ref_logp):
     """D of Eq. 4, per token and never negative; its mean over samples of π is KL(π ‖ π_ref). expm1
-    keeps digits when the two are close."""
-    return torch.expm1(ref_logp - logp) - (ref_logp - logp)
+    keeps digits when the two are close; the clamp is there so that it cannot overflow."""
+    log_ratio = (ref_logp - logp).clamp(max=20)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
@@ -121,7 +123,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     length = mask.sum(1)                                                  # (B,)    |o_i|
     if n is None:
         n = (length > 0).sum().clamp(min=1)
-    ratio = (logp - old_logp).exp()                                       # (B, T)  r_it, 1 at first
+    ratio = (logp - old_logp).clamp(max=20).exp()                         # (B, T)  r_it, 1 at first
     adv = adv[:, None]                                                    # (B, 1)  Â_i
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     kl = kl_k3(logp, ref_logp)                                            # (B, T)  D_it
@@ -133,7 +135,6 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
-        stats["kl"] = (kl * mask).sum() / tokens
     return loss, stats
 
 
@@ -158,7 +159,7 @@ def train(cfg):
     splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule")
     train_rows, val_rows, test_rows = splits
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
-    reference = freeze(copy.deepcopy(policy))
+    reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)   # float32 if it moves
     optimizer = make_optimizer(policy, cfg.lr)
     B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
@@ -167,9 +168,11 @@ def train(cfg):
     run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS, reference=reference)
 
     def evaluate_policy(rows, samples=1):
-        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference)
+        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference,
+                        run.state["truncated_reward"])
 
-    if run.is_new:
+    if run.is_new:                                              # fixes truncated_reward
+        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
     batch_iter = batches(train_rows, cfg.prompts, cfg.seed, start=run.step)
@@ -189,8 +192,9 @@ def train(cfg):
 
         # 2. reward: the rule or the reward model reads every response that ended
         responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
-        reward, correct = compute_reward(                       # (B,) each
-            cfg, reward_model, score, batch, tokens, mask_cpu, responses)
+        reward, _, correct = compute_reward(                    # (B,) each
+            cfg, reward_model, score, batch, tokens, mask_cpu, responses,
+            run.state["truncated_reward"])
         stats.add(rollout_stats(reward, correct, mask_cpu, responses, cfg.group_size))
 
         # 3. advantage: no critic, the group is the baseline
@@ -217,6 +221,8 @@ def train(cfg):
                     error = (old - sampler_logp[rows, :width]).abs().sum()
                     loss_stats |= {"entropy": entropy.sum() / len(index),
                                    "sampler_logp_error": error / len(index)}
+                    # k1 of the policy that sampled
+                    loss_stats["kl"] = (old - ref_logp[rows, :width]).sum() / len(index)
                     stats.add(loss_stats, len(index))
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()
@@ -224,7 +230,7 @@ def train(cfg):
         if cfg.ref_every and step % cfg.ref_every == 0:
             with torch.no_grad():
                 for ref, p in zip(reference.parameters(), policy.parameters()):
-                    ref.lerp_(p.to(ref.dtype), cfg.ref_mix)
+                    ref.lerp_(p, cfg.ref_mix)
 
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
@@ -238,6 +244,8 @@ def train(cfg):
         metrics["tok_s"] = int(metrics["tokens"] / (update_end - start))
         run.end_step(step, metrics)
 
+    if cfg.ref_every:                                           # the KL reported is that to --init
+        reference, _ = load_policy(cfg, device)
     run.report(test_rows, run.state["before"], evaluate_policy(test_rows, samples=8))
     run.plot("reward val_accuracy val_greedy", "length val_length", "frac_zero_std", "entropy")
 

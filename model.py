@@ -279,24 +279,28 @@ class LinearLogp(torch.autograd.Function):
         cast = weight.to(hidden.dtype)                         # to bf16 once, where hidden is bf16
         targets = targets[:, None]                                          # (N, 1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        top = hidden.new_full((len(hidden), 1), -math.inf, dtype=wide)      # largest z so far
-        total = hidden.new_zeros(len(hidden), 1, dtype=wide)                # Σ_v exp(z_v - top)
-        dot = torch.zeros_like(total)                                       # Σ_v exp(z_v - top) z_v
+        lowest = torch.finfo(wide).min                         # not -inf, or 0 * -inf would be nan
+        top = hidden.new_full((len(hidden), 1), lowest, dtype=wide)         # largest z so far
+        total = hidden.new_zeros(len(hidden), 1, dtype=wide)   # Σ_v exp(z_v - top), at least 1
+        dot = torch.zeros_like(total)          # Σ_v exp(z_v - top) (z_v - top), at most 0
         picked = torch.zeros_like(total)                                    # z_y
         for rows, vocab in LinearLogp.tiles(hidden, cast):
             z = compute_logits(hidden[rows], cast[vocab], temperature)      # (n, v)
             column, inside = locate_target(targets[rows], vocab, z.size(1))
             picked[rows] = torch.where(inside, z.gather(1, column), picked[rows])
             new_top = torch.maximum(top[rows], z.amax(1, keepdim=True))
-            rescale = (top[rows] - new_top).exp_()                          # of the sums so far
-            p = (z - new_top).exp_()
+            shift = top[rows] - new_top                                     # of the sums so far
+            rescale = shift.exp()
+            z = z.sub_(new_top)
+            p = z.exp()
+            dot[rows] = (dot[rows] + shift * total[rows]) * rescale
+            dot[rows] += z.mul_(p).sum(1, keepdim=True)
             total[rows] = total[rows] * rescale + p.sum(1, keepdim=True)
-            dot[rows] = dot[rows] * rescale + p.mul_(z).sum(1, keepdim=True)
             top[rows] = new_top
             del z, p                                           # before the next tile is allocated
         lse = top + total.log()                                             # log Σ_v exp(z_v)
         logp = (picked - lse)[:, 0]
-        entropy = (lse - dot / total)[:, 0]                                 # lse - Σ_v p_v z_v
+        entropy = (total.log() - dot / total)[:, 0]            # lse - Σ_v p_v z_v, never below 0
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -430,13 +434,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, group_size=1, max_new_tokens=64, temperature=1.0,
-                 stop_token_ids=None, pad=0, generator=None):
+                 stop_token_ids=None, pad=0, uniform=None):
         """Sample group_size responses to every prompt; those to one prompt are adjacent rows.
 
         prompts: lists of token ids of any lengths. A response ends with the first id of
         stop_token_ids (default: the model's own), which belongs to it, or after max_new_tokens.
-        Temperature 0 is greedy. Returns tokens (B G, T), right-padded with `pad`, mask (B G, T) and
-        logp (B G, T) of the sampled tokens, which equals token_logp's."""
+        Temperature 0 is greedy. uniform (B G, max_new_tokens): the random numbers from [0, 1) to
+        sample by; None draws new ones. Returns tokens (B G, T), right-padded with `pad`, mask
+        (B G, T) and logp (B G, T) of the sampled tokens, which equals token_logp's."""
         device = self.device
         length = torch.tensor([len(prompt) for prompt in prompts])          # (B,)
         if length.min() < 1:
@@ -447,6 +452,11 @@ class GPT(nn.Module):
         if stop_token_ids is None:
             stop_token_ids = self.cfg.stop_token_ids
         stop = torch.tensor(stop_token_ids, device=device)
+        dtype = SAMPLE_DTYPE[device.type]
+        if uniform is None:
+            N = len(prompts) * group_size if temperature else 0             # greedy: none needed
+            uniform = torch.rand(N, max_new_tokens, device=device, dtype=dtype)
+        uniform = uniform.to(dtype).to(device)
         # Autocast casts each weight once per `with` statement, but at every token in inference
         # mode; without autocast inference mode is faster.
         bf16 = device.type in BF16_DEVICES
@@ -458,7 +468,7 @@ class GPT(nn.Module):
             logits = compute_logits(hidden, self.unembedding, temperature or 1.0)  # (B, V)
             response, logp, count = decode_loop(
                 self, cache, logits.repeat_interleave(group_size, 0), length, max_new_tokens,
-                temperature, stop, pad, generator)
+                temperature, stop, pad, uniform)
 
         # prompt and response side by side, right-padded
         total = length + count                                              # (N,)
@@ -481,6 +491,7 @@ class GPT(nn.Module):
 # must capture a new graph.
 CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
 DROP_BELOW = {"cpu": 0.9, "cuda": 0.75, "mps": 0.9}
+SAMPLE_DTYPE = {"cpu": torch.float64, "cuda": torch.float64, "mps": torch.float32}   # see `sample`
 
 
 def prefill(model, prompts, length, cache, pad):
@@ -502,9 +513,10 @@ def decode_one_token(model, token, position, cache, temperature):
     return compute_logits(hidden, model.unembedding, temperature)
 
 
-def decode_loop(model, cache, logits, length, max_new_tokens, temperature, stop, pad, generator):
+def decode_loop(model, cache, logits, length, max_new_tokens, temperature, stop, pad, uniform):
     """Sample, stop, drop finished rows, grow the cache. logits (N, V) of the first token; length
-    (N,) of the prompts -> response and logp (N, max_new_tokens), count (N,) of response tokens."""
+    (N,) of the prompts; uniform (N, max_new_tokens) -> response and logp (N, max_new_tokens), count
+    (N,) of response tokens."""
     N, device = logits.size(0), logits.device
     response = torch.full((N, max_new_tokens), pad, device=device)
     logp = logits.new_zeros(N, max_new_tokens)
@@ -516,7 +528,7 @@ def decode_loop(model, cache, logits, length, max_new_tokens, temperature, stop,
     step = None
     for n in range(max_new_tokens):
         p = logits.softmax(-1)                                              # (alive, V)
-        token = logits.argmax(-1) if temperature == 0 else sample(p, generator)  # (alive,)
+        token = logits.argmax(-1) if temperature == 0 else sample(p, uniform[alive, n])  # (alive,)
         response[alive, n] = torch.where(done, pad, token)
         logp[alive, n] = torch.where(done, 0.0, p.gather(1, token[:, None])[:, 0].log())
         count[alive] += ~done
@@ -546,15 +558,13 @@ def decode_loop(model, cache, logits, length, max_new_tokens, temperature, stop,
     return response, logp, count
 
 
-def sample(p, generator=None):
-    """One draw from each row of p (n, V) -> (n,). On a GPU arg max_v p_v / E_v with exponential
-    E_v, which does not wait for the GPU. On a CPU by inverting the cumulative distribution, 15
-    times faster than torch.multinomial at V = 259; u stays below 1, or rounding could pick a token
-    of probability 0. A row with NaN yields an arbitrary id; early stopping catches it."""
-    if p.device.type != "cpu":
-        return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
-    c = p.cumsum(-1)
-    u = torch.rand(len(p), 1, dtype=p.dtype, generator=generator).clamp_(max=1 - 2 ** -23)
+def sample(p, u):
+    """One draw from each row of p (n, V) -> (n,): the cumulative distribution inverted at u (n,).
+    Its sum is float64, where the device has it: in float32, at V = 151,936, rounding loses 5e-4 of
+    the mass. u stays below 1, or rounding could pick a token of probability 0. A row with NaN
+    yields an arbitrary id; early stopping catches it."""
+    c = p.cumsum(-1, dtype=u.dtype)                                         # (n, V)
+    u = u[:, None].clamp(max=1 - torch.finfo(u.dtype).eps)
     index = torch.searchsorted(c, u * c[:, -1:], right=True)[:, 0]
     return index.clamp_(max=p.size(1) - 1)
 

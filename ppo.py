@@ -19,7 +19,7 @@ What the papers leave open or do otherwise:
     1. The critic starts as the reward model; under the rule as the SFT model with a head of zeros.
     2. Rewards are divided by their std over SFT responses (1909.08593); the log has them undivided.
     3. The reward is on the last token, the end token, and V after it is 0. A truncated response has
-       no end token, hence no score: it gets --truncated_reward, or the rollout's lowest.
+       no end token, hence no score: it gets --truncated_reward, or the lowest at the start.
     4. The KL penalty has no gradient and is not clamped: a token's may be negative. β is fixed.
     5. Advantages are whitened over the response tokens of the rollout, after the returns are taken.
     6. With a sum over tokens, λ = γ = 1 and no whitening, (5) has exactly the gradient of (1). The
@@ -42,7 +42,7 @@ from common.models import load_policy, load_reward_model, make_critic, setup
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (Optimizers, batches, compute_logp, compute_reward, compute_values,
-                          estimate_memory, freeze, make_optimizer, measure_reward_std,
+                          estimate_memory, freeze, make_optimizer, measure_reward,
                           micro_batches, set_lr)
 from common.verifier import answer_number
 from model import autocast
@@ -64,14 +64,14 @@ class Config:
     prompts: int = 256            # prompts in a rollout, with one response each
     max_new_tokens: int = 24      # longest response; one that has not ended by then is truncated
     temperature: float = 1.0      # divides the logits, in sampling and in every log-prob
-    truncated_reward: float = 0.0 # of a truncated response; the rollout's lowest reward if lower
+    truncated_reward: float = 0.0 # of a truncated response; the lowest reward at the start if lower
     format_reward: float = 0.0    # bonus for one number marked once, by #### or \boxed{}; 0: none
     # objective
     clip_eps: float = 0.2         # ε, how far the ratio may leave 1 before its gradient is cut
     value_clip_eps: float = 0.2   # ε_v, the same for values, in units of the reward's std; 0: none
     kl_beta: float = 0.3          # β, weight of the KL penalty, in the same unit; 0: none
     gamma: float = 1.0            # γ, discount per token; 1: none
-    gae_lambda: float = 0.95      # λ; 0: one-step TD error, 1: Monte Carlo return minus value
+    gae_lambda: float = 1.0       # λ; 0: one-step TD error, 1: Monte-Carlo return minus value
     # optimisation
     steps: int = 40               # rollouts
     epochs: int = 2               # passes over each rollout
@@ -91,8 +91,8 @@ class Config:
 
 # defaults where --init is a Hugging Face folder, or a checkpoint that began as one
 PRETRAINED = dict(
-    max_new_tokens=512, format_reward=0.1, steps=100, lr=1e-6, critic_lr=1e-5, warmup=10,
-    gradient_checkpointing=True)
+    max_new_tokens=512, format_reward=0.1, kl_beta=0.05, steps=100, lr=1e-6, critic_lr=1e-5,
+    warmup=10, max_kl=500.0, gradient_checkpointing=True)
 COLUMNS = ("reward accuracy explained_var length eos_rate entropy clip_high grad_norm tok_s "
            "kl val_greedy val_accuracy")
 
@@ -142,12 +142,13 @@ def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None):
     adv = torch.where(mask > 0, adv, 0.0)
     if n is None:
         n = mask.sum().clamp(min=1)
-    ratio = (logp - old_logp).exp()                                       # (B, T)  ρ_t, 1 at first
+    log_ratio = (logp - old_logp).clamp(max=20)                           # or exp may be inf
+    ratio = log_ratio.exp()                                               # (B, T)  ρ_t, 1 at first
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     loss = -(surrogate * mask).sum() / n                                  # mean_t
     with torch.no_grad():
         tokens = mask.sum().clamp(min=1)
-        approx_kl = ratio - 1 - (logp - old_logp)                         # KL(π_old ‖ π_θ)
+        approx_kl = ratio - 1 - log_ratio                                 # KL(π_old ‖ π_θ)
         clipped_low = (ratio < 1 - clip_eps) & (adv < 0)                  # their gradient is cut
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"approx_kl": (approx_kl * mask).sum() / tokens,
@@ -210,11 +211,11 @@ def train(cfg):
               reference=reference, critic=critic)
 
     def evaluate_policy(rows, samples=1):
-        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference)
+        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference,
+                        run.state["truncated_reward"])
 
-    if run.is_new:
-        run.state["reward_std"] = measure_reward_std(
-            cfg, policy, tokenizer, reward_model, score, train_rows)
+    if run.is_new:                                              # fixes reward_std, truncated_reward
+        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
         with torch.no_grad():                                   # rescale head to normalised rewards
             for param in critic.head.parameters():
                 param /= run.state["reward_std"]
@@ -237,8 +238,9 @@ def train(cfg):
 
         # 2. reward: of every response that ended, and a KL penalty on every token
         responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
-        reward, correct = compute_reward(                       # (B,) each
-            cfg, reward_model, score, batch, tokens, mask_cpu, responses)
+        reward, _, correct = compute_reward(                    # (B,) each
+            cfg, reward_model, score, batch, tokens, mask_cpu, responses,
+            run.state["truncated_reward"])
         stats.add(rollout_stats(reward, correct, mask_cpu, responses))
         per_token = token_reward(                               # (B, T)
             reward.to(device) / reward_std, old_logp, ref_logp, mask, cfg.kl_beta)
@@ -278,7 +280,9 @@ def train(cfg):
                 optimizer.step()
                 stats.add({"grad_norm": grad_norm, "critic_grad_norm": critic_norm})
         stats.add({"kl": (old_logp - ref_logp).sum() / mask.sum()})
-        stats.add({"explained_var": explained_variance(old_value, ret, mask)})
+        # of the Monte-Carlo return: `ret` is made of the critic's own values where λ < 1
+        _, monte_carlo = gae(per_token, old_value, mask, cfg.gamma, 1.0)
+        stats.add({"explained_var": explained_variance(old_value, monte_carlo, mask)})
 
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3

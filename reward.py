@@ -33,6 +33,7 @@ Yours:   python reward.py --data pairs.jsonl --init out/mine    {"prompt", "chos
          HH-RLHF's own files, or {"prompt", "responses": [best, ..., worst]}
          python reward.py --data rows.jsonl     {"prompt", "answer"}: collected, ranked by the rule
 """
+import math
 import os
 import random
 import time
@@ -154,10 +155,13 @@ def collect(policy, tokenizer, rows, cfg, rng):
     pairs = []
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = min(256, max(1, EVAL_BATCH_TOKENS // (cfg.responses * longest)))  # prompts at a time
+    uniform = torch.rand(len(rows) * cfg.responses, cfg.max_new_tokens, dtype=torch.float64)
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]
         prompts = [row["ids"] for row in chunk]
-        tokens, mask, _ = policy.generate(prompts, cfg.responses, cfg.max_new_tokens)
+        tokens, mask, _ = policy.generate(
+            prompts, cfg.responses, cfg.max_new_tokens,
+            uniform=uniform[i * cfg.responses:(i + size) * cfg.responses])
         texts = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
         length = mask.sum(1).int().tolist()
         for j, row in enumerate(chunk):
@@ -240,13 +244,15 @@ def evaluate_rankings(model, rows, cfg):
         encoded += zip(row["tokens"], row["mask"])
     r = compute_scores(model, encoded, cfg)                     # (N,)  every response of every row
     length = torch.tensor([float(sum(mask)) for _, mask in encoded])
-    pairs, start = [], 0                               # row, better, worse, same style, rule's lead
-    for p, row in enumerate(rows):
+    number = {row["prompt"]: i for i, row in enumerate(rows)}
+    pairs, start = [], 0                            # prompt, better, worse, same style, rule's lead
+    for row in rows:
         texts = row["responses"]
         right = [checked_score(score, row, text, need=False) or 0.0 for text in texts]
         for w, l in better_worse(range(len(texts)), row["ranks"]):
             same_style = "two_digits" in row and ("," in texts[w]) == ("," in texts[l])
-            pairs.append((p, start + w, start + l, same_style, right[w] - right[l]))
+            rule_lead = right[w] - right[l]
+            pairs.append((number[row["prompt"]], start + w, start + l, same_style, rule_lead))
         start += len(texts)
     p, w, l, same_style, rule_lead = (torch.tensor(x) for x in zip(*pairs))  # (pairs,) each
     lead = r[w] - r[l]
@@ -276,7 +282,7 @@ def train(cfg):
     centring_responses = load_centring_responses(cfg, tokenizer, block_size, train_rows)
     K = max(len(row["responses"]) for row in train_rows)
     batch_size = min(cfg.batch, len(train_rows))
-    steps = len(train_rows) // batch_size                       # one epoch of full batches
+    steps = math.ceil(len(train_rows) / batch_size)             # one epoch
     model = ScalarModel(policy, std=(policy.cfg.n_embd + 1) ** -0.5).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)

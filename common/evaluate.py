@@ -1,11 +1,13 @@
 """
 Statistics of a rollout, and the evaluation on held-out prompts.
 """
+import math
+
 import torch
 
 from common.tokenizer import decode_responses
 from common.train import EVAL_BATCH_TOKENS, compute_logp, compute_reward
-from common.verifier import checked_score
+from common.verifier import checked_score, is_right
 
 
 class MetricMean:
@@ -31,10 +33,9 @@ def rollout_stats(reward, correct, mask, responses, group_size=1):
     stats = {"reward": reward.mean(), "length": mask.sum(1).mean()}
     stats["eos_rate"] = sum(ended) / len(ended)
     if correct is not None:
-        right = (correct > 0).float().view(-1, group_size)
-        stats["accuracy"] = right.mean()
+        stats["accuracy"] = correct.mean()
         if group_size > 1:
-            stats["pass_at_g"] = right.amax(1).mean()
+            stats["pass_at_g"] = correct.view(-1, group_size).amax(1).mean()
     return stats
 
 
@@ -51,21 +52,23 @@ def distinct_ngrams(tokens, mask, n=2):
 
 def explained_variance(value, ret, mask):
     """1 - Var(G - V) / Var(G) over the mask: 1 for a perfect critic, 0 for a constant one, negative
-    for a harmful one."""
+    for a harmful one. 0 where G does not vary: there is nothing to explain."""
     def mean(x):
         return torch.where(mask > 0, x, 0.0).sum() / mask.sum().clamp(min=1)
 
     def variance(x):
         return mean((x - mean(x)).square())
 
-    return 1 - variance(ret - value) / variance(ret).clamp(min=1e-8)
+    explained = 1 - variance(ret - value) / variance(ret).clamp(min=1e-8)
+    return torch.where(variance(ret) > 1e-8, explained, 0.0)
 
 
 def half_interval(x, group):
     """Half of the 95% interval of mean(x), x (N,), where the values of one group are not
-    independent; group (N,), numbered from 0."""
+    independent; group (N,), a number from 0 for each. Too narrow below some twenty groups."""
+    groups = len(group.unique())
     error = torch.zeros(int(group.max()) + 1).index_add(0, group, x - x.mean())  # each group's part
-    return 1.96 * error.norm() / len(x)
+    return 1.96 * error.norm() / len(x) * math.sqrt(groups / max(1, groups - 1))
 
 
 def calibrate(lead):
@@ -85,41 +88,51 @@ def calibrate(lead):
     return gap, lines
 
 
-def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, reference=None):
+def repeated_uniform(n, max_new_tokens, seed):
+    """Random numbers to sample n responses by, (n, max_new_tokens), the same at every call. A row
+    has its own, so that what is sampled does not depend on which rows share a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, max_new_tokens, generator=generator, dtype=torch.float64)
+
+
+def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, reference=None,
+             truncated_reward=0.0):
     """How a policy does on held-out rows with "ids": a greedy response to each, and `samples` at
     temperature 1 -> metrics, and the greedy responses as text.
 
-    greedy: accuracy by `score` of the greedy response, one that did not end being wrong; accuracy:
-    the same at temperature 1; pass@k, k = samples > 1: any of the samples is right; eos_rate and
-    length (in tokens, end token included) at temperature 1. Where `score` gives None for a row,
-    there are no accuracies. score: the reward model's mean; kl_seq: mean of log π/π_ref summed over
-    a response, in nats; both of the first sample per prompt. Sampling uses a generator of its own
-    with seed 0: evaluation does not change a training run and repeats the same random numbers.
+    greedy: accuracy of the greedy response: it ended and has a full score (is_right); accuracy: the
+    same at temperature 1; pass@k, k = samples > 1: any of the samples is right; eos_rate and length
+    (in tokens, end token included) at temperature 1. Where `score` gives None for a row, there are
+    no accuracies. score: the reward model's mean, with truncated_reward for a truncated response;
+    kl_seq: mean of log π/π_ref summed over a response, in nats; both of the first sample per
+    prompt. Sampling uses random numbers of its own, by --seed: evaluation does not change a training
+    run, and repeats itself.
     """
     if not rows:
         return {}, []
-    generator = torch.Generator(policy.device).manual_seed(0)
+    uniform = repeated_uniform(len(rows) * samples, cfg.max_new_tokens, cfg.seed)
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = max(1, EVAL_BATCH_TOKENS // (samples * longest))                 # prompts at a time
     has_answers = all(checked_score(score, row, "", need=False) is not None for row in rows)
 
-    def is_right(row, text):
-        return has_answers and text is not None and checked_score(score, row, text) > 0
+    def has_full_score(row, text):
+        return has_answers and text is not None and is_right(checked_score(score, row, text))
 
-    greedy, right, ended, length = [], [], [], []
+    greedy, right, ended, length, scores, kl = [], [], [], [], [], []
     greedy_texts = []
-    extra = MetricMean()
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]
         prompts = [row["ids"] for row in chunk]
         tokens, mask, _ = policy.generate(prompts, 1, cfg.max_new_tokens, temperature=0.0)
         texts = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
-        greedy += [is_right(row, text) for row, text in zip(chunk, texts)]
+        greedy += [has_full_score(row, text) for row, text in zip(chunk, texts)]
         greedy_texts += texts
 
-        tokens, mask, _ = policy.generate(prompts, samples, cfg.max_new_tokens, generator=generator)
+        tokens, mask, _ = policy.generate(
+            prompts, samples, cfg.max_new_tokens,
+            uniform=uniform[i * samples:(i + size) * samples])
         texts = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
-        right += [is_right(chunk[k // samples], text) for k, text in enumerate(texts)]
+        right += [has_full_score(chunk[k // samples], text) for k, text in enumerate(texts)]
         ended += [text is not None for text in texts]
         length += mask.sum(1).tolist()
 
@@ -128,12 +141,13 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
         mask_cpu = mask[::samples].cpu()
         texts = texts[::samples]
         if reward_model is not None:
-            reward, _ = compute_reward(cfg, reward_model, score, chunk, tokens, mask_cpu, texts)
-            extra.add({"score": reward.mean()}, len(chunk))
+            reward, _, _ = compute_reward(
+                cfg, reward_model, score, chunk, tokens, mask_cpu, texts, truncated_reward)
+            scores += reward.tolist()
         if reference is not None:
             logp = compute_logp(policy, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
             ref_logp = compute_logp(reference, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
-            extra.add({"kl_seq": (logp - ref_logp).sum(1).mean()}, len(chunk))
+            kl += (logp - ref_logp).sum(1).tolist()
 
     metrics = {}
     if has_answers:
@@ -144,4 +158,8 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
             metrics[f"pass@{samples}"] = right.amax(1).mean().item()
     metrics["eos_rate"] = sum(ended) / len(ended)
     metrics["length"] = sum(length) / len(length)
-    return metrics | extra.read(), greedy_texts
+    if scores:
+        metrics["score"] = sum(scores) / len(scores)
+    if kl:
+        metrics["kl_seq"] = sum(kl) / len(kl)
+    return metrics, greedy_texts

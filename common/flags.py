@@ -12,7 +12,7 @@ from common.tokenizer import InputError
 
 # limits of a numeric flag: 0 to infinity, but for these
 AT_LEAST = {"steps": 1, "prompts": 1, "epochs": 1, "batch": 1, "minibatch": 1, "max_new_tokens": 1,
-            "eval_every": 1, "max_generations": 1, "group_size": 2, "responses": 2, "block_size": 2,
+            "eval_every": 1, "group_size": 2, "responses": 2, "block_size": 2,
             "n_layer": 1, "n_embd": 1, "n_head": 1, "truncated_reward": -math.inf,
             "length_bias": -math.inf}
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "label_noise": 1, "ref_mix": 1, "seed": 2 ** 32 - 1}

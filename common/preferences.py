@@ -71,6 +71,7 @@ def ranking_to_pairs(row):
     if not pairs or len(set(texts)) < len(texts):
         pairs = [(texts[0], texts[0])]
     rest = {name: x for name, x in row.items() if name not in ("responses", "ranks")}
+    rest["_ranking"] = row["_line"]
     return [rest | {"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
 
 
@@ -126,29 +127,44 @@ def load_pairs(path, test_path, tokenizer, block_size):
 
 
 def pairs_to_rankings(pairs):
-    """Pairs -> rows with "responses", best first, and their "ranks". The pairs of a prompt make one
-    row where they are all the pairs of one ranking; else, or with margins, each is a row."""
-    by_prompt = {}
+    """Pairs -> rows with "responses", best first, and their "ranks".
+
+    The pairs of a row with "responses" are a ranking again. The pairs of a prompt are one where
+    they are all that it implies; else each is a row. With margins, or if the file has a comparison
+    more than once (several annotators, alike or not), every pair is a row: one row for those who
+    agree, beside one row each for those who do not, would weigh them less."""
+    groups, counts = {}, Counter()
     for pair in pairs:
-        by_prompt.setdefault(pair["prompt"], []).append(pair)
+        groups.setdefault((pair["prompt"], pair.get("_ranking")), []).append(pair)
+        if "_ranking" not in pair:
+            counts[pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))] += 1
+    repeated = max(counts.values(), default=0) > 1
     has_margins = any("margin" in pair for pair in pairs)
     rows = []
-    for group in by_prompt.values():
-        given = {(pair["chosen"], pair["rejected"]) for pair in group}
-        beaten = Counter(rejected for _, rejected in given)     # by how many others
-        texts = {text for pair in given for text in pair}
-        texts = sorted(texts, key=lambda text: (beaten[text], text))
-        levels = Counter(beaten[text] for text in texts)
-        ties = sum(n * (n - 1) // 2 for n in levels.values())
-        complete = len(given) == len(texts) * (len(texts) - 1) // 2 - ties
-        consistent = all(beaten[chosen] < beaten[rejected] for chosen, rejected in given)
-        if complete and consistent and not has_margins:
-            rows.append(group[0] | {"responses": texts, "ranks": [beaten[text] for text in texts]})
-        else:
+    for (_, row_of_ranking), group in groups.items():
+        ranking = find_ranking(group)
+        if ranking is None or has_margins or repeated and not row_of_ranking:
             for pair in group:
                 responses = [pair["chosen"], pair["rejected"]]
                 rows.append(pair | {"responses": responses, "ranks": [0, 1]})
+        else:
+            rows.append(ranking)
     return rows
+
+
+def find_ranking(group):
+    """The row of the ranking that implies these pairs and no others, or None."""
+    given = {(pair["chosen"], pair["rejected"]) for pair in group}
+    beaten = Counter(rejected for _, rejected in given)         # by how many others
+    texts = {text for pair in given for text in pair}
+    texts = sorted(texts, key=lambda text: (beaten[text], text))
+    levels = Counter(beaten[text] for text in texts)
+    ties = sum(n * (n - 1) // 2 for n in levels.values())
+    complete = len(given) == len(texts) * (len(texts) - 1) // 2 - ties
+    consistent = all(beaten[chosen] < beaten[rejected] for chosen, rejected in given)
+    if complete and consistent:
+        return group[0] | {"responses": texts, "ranks": [beaten[text] for text in texts]}
+    return None
 
 
 def tokenize_rankings(pairs, tokenizer, block_size, need=True):

@@ -9,10 +9,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.tokenizer import InputError, decode_responses
-from common.verifier import checked_score, states_number
+from common.verifier import checked_score, is_right, states_number
 from model import BF16_DEVICES, LinearLogp, autocast
 
 EVAL_BATCH_TOKENS = 2 ** 17       # tokens that evaluation keeps in the KV cache at a time
+MIN_REWARD_STD = 0.1              # PPO divides rewards by their standard deviation, or by this
 
 
 # ----------------------------------------------------------------------- batches and micro-batches
@@ -81,7 +82,9 @@ def micro_batches(mask, rows, micro_batch_tokens, device):
     CPU, so that nothing waits for the GPU. micro_batch_tokens 0: by device.
     """
     budget = micro_batch_tokens or default_micro_batch_tokens(device)
-    chosen = mask.view(len(mask), -1, mask.size(-1))[rows] > 0              # (b, K, T)
+    chosen = mask[rows] > 0
+    if mask.dim() == 2:
+        chosen = chosen[:, None]                                            # (b, K, T)
     column = torch.arange(1, mask.size(-1) + 1)
     width = (chosen * column).amax((1, 2)).clamp(min=1)                   # (b,)  last chosen column
     width, order = width.sort(stable=True)
@@ -102,13 +105,12 @@ def to_device(x, device):
     return x.to(device)
 
 
-def fill_batch(generations, keep, prompts, group_size):
-    """A batch of `prompts` groups out of several generations, each a tuple of tensors (b G, T), of
-    any width T, or (b G,). keep: which groups of all of them are informative -> the same tensors
-    for the informative groups and, if they are too few, the first of the others."""
-    informative_first = keep.int().argsort(descending=True, stable=True)
-    groups = informative_first[:prompts].sort().values                      # (prompts,)
-    rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()  # (B,)
+def select_groups(generations, keep, group_size):
+    """The groups to keep out of several generations, each a tuple of tensors (b G, T), of any
+    width T, or (b G,). keep: whether to keep each group of all of them -> the same tensors for the
+    groups that are kept."""
+    groups = keep.nonzero()                                                 # (kept, 1)
+    rows = (groups * group_size + torch.arange(group_size)).flatten()       # (B,)
     T = max(x.size(1) for generation in generations for x in generation if x.dim() == 2)
     batch = []
     for parts in zip(*generations):
@@ -149,56 +151,91 @@ def compute_values(model, tokens, mask, micro_batch_tokens=0):
     return value, score
 
 
-def compute_reward(cfg, reward_model, score, rows, tokens, mask, responses):
-    """The reward of every response, (B,), and whether it is right, (B,), None where a row does not
-    say what is right; both on the CPU, as mask (B, T) is. rows: of the prompts.
+@torch.no_grad()
+def score_responses(reward_model, tokens, mask, micro_batch_tokens=0):
+    """The reward model's score of every response, (B,), on the CPU, as mask (B, T) is. Equal
+    responses to a prompt are scored once: in bf16 the scores of two micro-batches differ in the
+    third digit, which a group's standard deviation would turn into advantages."""
+    T = tokens.size(1)
+    rows = torch.cat([tokens.cpu(), mask.long()], 1)                        # (B, 2 T)
+    distinct, number = rows.unique(dim=0, return_inverse=True)              # (n, 2 T), (B,)
+    tokens = distinct[:, :T].to(tokens.device)
+    _, score = compute_values(reward_model, tokens, distinct[:, T:], micro_batch_tokens)
+    return score.cpu()[number]
+
+
+def compute_reward(cfg, reward_model, score, rows, tokens, mask, responses, truncated_reward):
+    """Of every response (B,), on the CPU, as mask (B, T) is: its reward, its reward without
+    --format_reward, and whether it is right, 0 or 1; None in place of the last where a row does not
+    say what is right. rows: of the prompts.
 
     The reward is the reward model's score, or that of the function `score` where reward_model is
-    None. A truncated response gets --truncated_reward, or the lowest reward of the batch if that is
-    lower, so that it never scores above a wrong one."""
+    None; of a truncated response it is truncated_reward. Right is a full score (is_right)."""
     group_size = len(responses) // len(rows)
     rows = [row for row in rows for _ in range(group_size)]                 # one per response
     ended = torch.tensor([text is not None for text in responses])
-    correct = [checked_score(score, row, text or "", need=reward_model is None)
+    by_rule = [checked_score(score, row, text or "", need=reward_model is None)
                for row, text in zip(rows, responses)]
-    if None in correct:
-        correct = None
-    else:
-        correct = torch.where(ended, torch.tensor(correct), 0.0)
-    if reward_model is None:
-        reward = correct
-        if cfg.format_reward:
-            form = [float(states_number(text or "")) for text in responses]
-            reward = reward + cfg.format_reward * torch.tensor(form)
-    else:
-        reward = compute_values(reward_model, tokens, mask, cfg.micro_batch_tokens)[1].cpu()
-    if not reward[ended].isfinite().all():
+    correct = None
+    if None not in by_rule:
+        by_rule = torch.tensor([float(x) for x in by_rule])
+        correct = (ended & is_right(by_rule)).float()
+    raw = by_rule
+    if reward_model is not None:
+        raw = score_responses(reward_model, tokens, mask, cfg.micro_batch_tokens)
+    if not raw[ended].isfinite().all():
         raise InputError(f"--reward {cfg.reward}: it gave a response a score that is not finite")
-    lowest = min([cfg.truncated_reward, *reward[ended].tolist()])
-    return torch.where(ended, reward, lowest), correct
+    raw = torch.where(ended, raw, truncated_reward)
+    reward = raw
+    if reward_model is None and cfg.format_reward:
+        form = [float(states_number(text or "")) for text in responses]
+        reward = raw + cfg.format_reward * torch.tensor(form)
+    return reward, raw, correct
 
 
-def measure_reward_std(cfg, policy, tokenizer, reward_model, score, rows):
-    """The standard deviation of the reward over responses to some of the rows; 1 if it is 0."""
+def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
+    """Two numbers that a run measures once, on a response to each of 512 of its training prompts,
+    and prints. reward_std: the standard deviation of the reward, at least MIN_REWARD_STD.
+    truncated_reward: --truncated_reward, or the lowest reward of these responses if that is lower,
+    so that being truncated does not pay."""
+    rows = rows[::max(1, len(rows) // 512)][:512]
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
-    rows = rows[:min(512, max(2, EVAL_BATCH_TOKENS // longest))]
-    prompts = [row["ids"] for row in rows]
-    tokens, mask, _ = policy.generate(prompts, 1, cfg.max_new_tokens, cfg.temperature)
-    responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
-    reward, _ = compute_reward(cfg, reward_model, score, rows, tokens, mask.cpu(), responses)
-    return float(reward.std(correction=0)) or 1.0
+    size = max(1, EVAL_BATCH_TOKENS // longest)                             # prompts at a time
+    uniform = torch.rand(len(rows), cfg.max_new_tokens, dtype=torch.float64)
+    rewards, ended = [], []
+    for i in range(0, len(rows), size):
+        chunk = rows[i:i + size]
+        prompts = [row["ids"] for row in chunk]
+        tokens, mask, _ = policy.generate(
+            prompts, 1, cfg.max_new_tokens, cfg.temperature, uniform=uniform[i:i + size])
+        responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
+        reward, _, _ = compute_reward(
+            cfg, reward_model, score, chunk, tokens, mask.cpu(), responses, cfg.truncated_reward)
+        rewards += reward.tolist()
+        ended += [text is not None for text in responses]
+    ended, reward = torch.tensor(ended), torch.tensor(rewards)
+    lowest = min([cfg.truncated_reward, *reward[ended].tolist()])
+    reward = torch.where(ended, reward, lowest)
+    std = float(reward.std(correction=0))
+    print(f"reward of {len(rows)} responses: mean {reward.mean():.3f}, standard deviation "
+          f"{std:.3f}; a truncated response gets {lowest:.3f}")
+    if std < MIN_REWARD_STD:
+        print("warning: rewards hardly differ; where they are divided by their standard deviation, "
+              f"it counts as {MIN_REWARD_STD}")
+    return {"reward_std": max(std, MIN_REWARD_STD), "truncated_reward": lowest}
 
 
 # ----------------------------------------------------------------------- models, memory, optimisers
 
 
-def freeze(model):
-    """No gradients. Where the forward is in bf16 anyway, matrices are stored in bf16: half of the
-    memory, the same products. Norms, biases and the scalar head stay float32."""
+def freeze(model, bf16=True):
+    """No gradients. With bf16, and where the forward is in bf16 anyway, the weights of its products
+    are stored in bf16: half of the memory, the same products. Embeddings, which are looked up in
+    float32, norms, biases and the scalar head stay float32."""
     trunk = getattr(model, "trunk", model)
-    for p in trunk.parameters():
-        if p.dim() == 2 and p.device.type in BF16_DEVICES:
-            p.data = p.data.bfloat16()
+    for module in trunk.modules():
+        if bf16 and isinstance(module, nn.Linear) and module.weight.device.type in BF16_DEVICES:
+            module.weight.data = module.weight.data.bfloat16()
     return model.requires_grad_(False)
 
 
@@ -311,6 +348,38 @@ class Optimizers:
             part.load_state_dict(part.state_dict() | {"state": moments})
 
 
+def orthogonalize(x, steps=5):
+    """x (m, n) with singular values near 1, by Newton-Schulz iterations in x's own precision. The
+    coefficients are those of https://kellerjordan.github.io/posts/muon."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / x.norm().clamp(min=1e-7)
+    if x.size(0) > x.size(1):
+        return orthogonalize(x.T, steps).T
+    for _ in range(steps):
+        gram = x @ x.T                                                      # (m, m)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon in float32. torch iterates in bf16, which most CPUs emulate: an SFT step took
+    three times as long."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - momentum)
+                update = orthogonalize(p.grad.lerp(average, momentum))      # Nesterov
+                p.mul_(1 - lr * group["weight_decay"])
+                # updates of AdamW's size, so that both share a learning rate and a decay
+                p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))   # arXiv 2502.16982
+
+
 def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, eps=1e-8):
     """AdamW; matrices decay, vectors (norms, biases) and embeddings do not. With muon_lr the
     matrices of the blocks are Muon's instead, which learns faster from scratch."""
@@ -332,22 +401,18 @@ def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, eps=1e-8):
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=fused)
     if not muon:
         return Optimizers(adamw)
-    # match_rms_adamw: updates of AdamW's size, so that both share a learning rate and a decay
-    return Optimizers(adamw, torch.optim.Muon(muon, lr=muon_lr, weight_decay=weight_decay,
-                                              adjust_lr_fn="match_rms_adamw"))
+    return Optimizers(adamw, Muon(muon, lr=muon_lr, weight_decay=weight_decay))
 
 
 def set_lr(optimizer, step, steps, warmup=0, floor=0.0, linear=False):
-    """Set every group's rate to a share of its peak, for step 1 .. steps: linear warm-up, then half
-    a cosine, or a straight line, down to `floor`. Returns the first group's rate."""
+    """Set every group's rate to a share of its peak, for step 1 .. steps: linear warm-up to 1, then
+    half a cosine, or a straight line, from 1 to `floor`, which the step after the last would have:
+    every step learns. Returns the first group's rate."""
     if step <= warmup:
         share = step / warmup
     else:
-        if linear:
-            left = (steps + 1 - step) / max(1, steps - warmup)
-        else:
-            done = min(1.0, (step - warmup) / max(1, steps - warmup))
-            left = 0.5 * (1 + math.cos(math.pi * done))
+        done = (step - 1 - warmup) / (steps - warmup)          # 0 at first, below 1 at the last step
+        left = 1 - done if linear else 0.5 * (1 + math.cos(math.pi * done))
         share = floor + (1 - floor) * left
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]

@@ -55,6 +55,12 @@ def states_number(text):
     return bool(alone and marks == 1 and answer_number(text) is not None)
 
 
+def is_right(score):
+    """Whether a score, or each of a tensor of them, is a full one: 1 or more. Partial credit may sum
+    to 1 but for rounding, as .7 + .2 + .1 does."""
+    return score >= 1 - 1e-6
+
+
 def in_braces(text):
     """"{a{b}}c" -> "a{b}"; "" where the braces do not close."""
     depth = 0

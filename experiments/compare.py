@@ -26,17 +26,18 @@ import grpo  # noqa: E402
 import reward  # noqa: E402
 from common import load  # noqa: E402
 from common.data import running_sums, split_rows  # noqa: E402
-from common.evaluate import evaluate  # noqa: E402
+from common.evaluate import evaluate, repeated_uniform  # noqa: E402
 from common.preferences import read_preferences, tokenize_rankings  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
 from common.train import EVAL_BATCH_TOKENS  # noqa: E402
+from common.verifier import is_right  # noqa: E402
 from grpo import score  # noqa: E402
 
 PAIRS = "--data out/compare/reward_{seed}/preferences.jsonl"
 # as many responses and updates as the default, each update from the current policy
 FRESH = "--prompts 8 --steps 200 --warmup 12 --eval_every 40"
 # dapo.py without three of its changes
-BARE = "--clip_high 0.2 --max_generations 1 --overlong_cache 0"
+BARE = "--clip_high 0.2 --max_generations 0 --overlong_cache 0"
 
 # name: command, to which --seed, --init and --out are added
 RUNS = {
@@ -45,6 +46,8 @@ RUNS = {
     "dpo": f"dpo.py {PAIRS}",
     "ppo": "ppo.py --reward out/compare/reward_{seed}",
     "ppo_rule": "ppo.py --reward rule",
+    "lambda_50": "ppo.py --gae_lambda 0.5 --reward out/compare/reward_{seed}",
+    "lambda_95": "ppo.py --gae_lambda 0.95 --reward out/compare/reward_{seed}",
     "grpo": "grpo.py",
     "dapo": "dapo.py",
     "dpo_plain": f"dpo.py --sft_coef 0 {PAIRS}",
@@ -63,8 +66,8 @@ RUNS = {
     "free_fresh": f"grpo.py --kl_beta 0 {FRESH}",
     "grpo_free": "grpo.py --kl_beta 0",
     "token_mean": f"dapo.py {BARE}",
-    "clip_higher": "dapo.py --max_generations 1 --overlong_cache 0",
-    "overlong": "dapo.py --max_generations 1",
+    "clip_higher": "dapo.py --max_generations 0 --overlong_cache 0",
+    "overlong": "dapo.py --max_generations 0",
     # about as many responses as dapo.py samples, and all of them are trained on
     "wide": "grpo.py --kl_beta 0 --prompts 128 --minibatch 256",
     "group_2": "grpo.py --group_size 2 --prompts 128",
@@ -75,6 +78,7 @@ RUNS = {
 }
 TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
+    "lambda": ["ppo", "lambda_95", "lambda_50"],
     "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "drgrpo", "grpo_free", "gspo", "grpo"],
@@ -90,7 +94,7 @@ MODELS = {"sft": (1, 1), "dpo": (1, 1), "ppo": (4, 2), "ppo_rule": (3, 2), "grpo
 # optimiser steps per line of the log
 UPDATES = {"ppo": 8, "grpo": 4, "dapo": 4, "dpo": 1}
 # Student's t, two-sided 95%, by number of seeds
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -168,7 +172,7 @@ def measure(name, seed):
     if name == "reward":
         result = measure_reward_model(out)
     else:
-        result = measure_policy(out, folder("sft", seed))
+        result = measure_policy(out, folder("sft", seed), seed)
         rows = read_log(out)
         result["ktokens"] = ktokens(rows)
         result["mem_gb"] = rows[-1]["mem_gb"]
@@ -187,61 +191,64 @@ def measure_reward_model(out):
     return metrics
 
 
-def measure_policy(out, sft_out):
-    """Accuracy, KL to the SFT model, length and shown working of a policy on the test prompts."""
+def measure_policy(out, sft_out, seed):
+    """Accuracy, KL to the SFT model, length and shown working of a policy on the test prompts. Each
+    seed has random numbers of its own, so that the interval over seeds is that of new samples."""
     model, tokenizer = load(out)
     sft, _ = load(sft_out)
     rows = []
     for row in running_sums(1_000, "test"):
         rows.append(row | {"ids": encode_prompt(tokenizer, row)})
-    result, texts = evaluate(model, tokenizer, rows, score, grpo.Config(), 8, reference=sft)
-    right = torch.tensor([is_right(row, text) for row, text in zip(rows, texts)])
+    cfg = grpo.Config(seed=seed)
+    result, texts = evaluate(model, tokenizer, rows, score, cfg, 8, reference=sft)
+    right = torch.tensor([one_if_right(row, text) for row, text in zip(rows, texts)])
     # hasty guesses are multiples of five
     in_fives = torch.tensor([int(row["two_digits"]) % 5 == 0 for row in rows])
     result["greedy, sums in fives"] = right[in_fives].mean().item()
     result["greedy, other sums"] = right[~in_fives].mean().item()
-    result["length_wrong"] = length_of_wrong_responses(model, tokenizer, rows)
-    return result | measure_working(model, tokenizer, rows)
+    result["length_wrong"] = length_of_wrong_responses(model, tokenizer, rows, seed)
+    return result | measure_working(model, tokenizer, rows, seed)
 
 
-def is_right(row, text):
+def one_if_right(row, text):
     """1.0 for a right response, 0.0 for a wrong or truncated one."""
-    return float(text is not None and score(row, text))
+    return float(text is not None and is_right(score(row, text)))
 
 
-def length_of_wrong_responses(model, tokenizer, rows, samples=8):
+def length_of_wrong_responses(model, tokenizer, rows, seed, samples=8):
     """Mean tokens of the wrong responses among the first samples per prompt: the samples of
-    `evaluate`, drawn again with its seed and in its batches."""
+    `evaluate`, drawn again."""
     max_new_tokens = grpo.Config.max_new_tokens
-    generator = torch.Generator().manual_seed(0)
+    uniform = repeated_uniform(len(rows) * samples, max_new_tokens, seed)
     longest = max(len(row["ids"]) for row in rows) + max_new_tokens
     size = EVAL_BATCH_TOKENS // (samples * longest)
     n_tokens = n_wrong = 0.0
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]
         prompts = [row["ids"] for row in chunk]
-        tokens, mask, _ = model.generate(prompts, samples, max_new_tokens, generator=generator)
+        tokens, mask, _ = model.generate(
+            prompts, samples, max_new_tokens, uniform=uniform[i * samples:(i + size) * samples])
         tokens, mask = tokens[::samples], mask[::samples]
         texts = decode_responses(tokenizer, tokens, mask, model.cfg.stop_token_ids)
-        wrong = torch.tensor([1 - is_right(row, text) for row, text in zip(chunk, texts)])
+        wrong = torch.tensor([1 - one_if_right(row, text) for row, text in zip(chunk, texts)])
         n_tokens += (wrong * mask.sum(1)).sum().item()
         n_wrong += wrong.sum().item()
     return n_tokens / max(n_wrong, 1e-9)
 
 
-def measure_working(model, tokenizer, rows, samples=4):
+def measure_working(model, tokenizer, rows, seed, samples=4):
     """How often a policy shows its working at temperature 1, how often it is then right, and its
     greedy accuracy where the response is forced to begin with a running total instead of "#"."""
     max_new_tokens, stop = grpo.Config.max_new_tokens, model.cfg.stop_token_ids
     prompts = [row["ids"] for row in rows]
-    generator = torch.Generator().manual_seed(1)
-    tokens, mask, _ = model.generate(prompts, samples, max_new_tokens, generator=generator)
+    uniform = repeated_uniform(len(rows) * samples, max_new_tokens, 100 + seed)
+    tokens, mask, _ = model.generate(prompts, samples, max_new_tokens, uniform=uniform)
     texts = decode_responses(tokenizer, tokens, mask, stop)
     shown, right = 0, 0.0
     for i, text in enumerate(texts):
         if text and "," in text:
             shown += 1
-            right += is_right(rows[i // samples], text)
+            right += one_if_right(rows[i // samples], text)
 
     digits = tokenizer.encode("01")                     # the first running total is 02 to 18
     likelier = likelier_digit(model, prompts, digits)

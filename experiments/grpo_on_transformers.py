@@ -57,8 +57,9 @@ def group_advantage(reward, group_size):
 
 def kl_k3(logp, ref_logp):
     """D of Eq. 4, per token and never negative; its mean over samples of π is KL(π ‖ π_ref). expm1
-    keeps digits when the two are close."""
-    return torch.expm1(ref_logp - logp) - (ref_logp - logp)
+    keeps digits when the two are close; the clamp is there so that it cannot overflow."""
+    log_ratio = (ref_logp - logp).clamp(max=20)
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
@@ -71,7 +72,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     length = mask.sum(1)                                                  # (B,)    |o_i|
     if n is None:
         n = (length > 0).sum().clamp(min=1)
-    ratio = (logp - old_logp).exp()                                       # (B, T)  r_it, 1 at first
+    ratio = (logp - old_logp).clamp(max=20).exp()                         # (B, T)  r_it, 1 at first
     adv = adv[:, None]                                                    # (B, 1)  Â_i
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     kl = kl_k3(logp, ref_logp)                                            # (B, T)  D_it
@@ -83,7 +84,6 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
-        stats["kl"] = (kl * mask).sum() / tokens
     return loss, stats
 
 

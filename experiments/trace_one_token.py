@@ -86,8 +86,7 @@ def trace(folder="out/sft"):
           f"ratio[{i}, {t}] = {ratio[i, t]:.4f}, of whole responses {rounded(whole)}")
     loss, stats = grpo_loss(logp, old_logp, ref_logp, adv, mask, Config.clip_eps, Config.kl_beta)
     clipped = stats["clip_low"] + stats["clip_high"]
-    print(f"afterwards  loss {loss:.4f}, kl {stats['kl']:.1e} nats per token, "
-          f"clipped {clipped:.3f} of the tokens")
+    print(f"afterwards  loss {loss:.4f}, clipped {clipped:.3f} of the tokens")
 
 
 if __name__ == "__main__":

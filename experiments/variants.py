@@ -29,7 +29,7 @@ from grpo import grpo_loss  # noqa: E402
 
 # dpo_loss and grpo_loss stay the originals after `run` has replaced them in dpo and grpo
 
-LONGEST = grpo.Config.max_new_tokens        # the constant by which Dr. GRPO divides
+LONGEST = grpo.Config.max_new_tokens        # the constant by which Dr. GRPO divides; `run` sets it
 
 
 # --------------------------------------------------------------------------------------- advantages
@@ -90,10 +90,8 @@ def gspo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
         total = torch.where(mask > 0, x, 0.0).sum(1, keepdim=True)        # (B, 1)
         return (total / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(x)
 
-    _, token_stats = grpo_loss(logp.detach(), old_logp, ref_logp, adv, mask, clip_eps, 0.0)
     old = response_mean(old_logp)
-    loss, stats = grpo_loss(response_mean(logp), old, old, adv, mask, clip_eps, 0.0, n)
-    return loss, stats | {"kl": token_stats["kl"]}
+    return grpo_loss(response_mean(logp), old, old, adv, mask, clip_eps, 0.0, n)
 
 
 def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
@@ -129,7 +127,13 @@ def run(name, flags):
     if name == "ipo" and "--resume" not in flags:
         defaults += ["--sft_coef", "0"]
     sys.argv[1:] = defaults + flags                           # of equal flags the last one counts
-    main(script.train, script.Config)
+
+    def train(cfg):
+        global LONGEST
+        LONGEST = cfg.max_new_tokens
+        script.train(cfg)
+
+    main(train, script.Config)
 
 
 if __name__ == "__main__":

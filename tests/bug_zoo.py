@@ -165,7 +165,7 @@ BUGS = [Bug(*entry) for entry in [
     ("entropy_of_the_sample", "model.py",
      "What is logged as entropy is -log π of the sampled token, a one-sample guess at it.",
      "objective/entropy of trl's PPO and of summarize_from_feedback_details",
-     "(lse - dot / total)[:, 0]",
+     "(total.log() - dot / total)[:, 0]",
      "(lse - picked)[:, 0]",
      "test_model.py::test_fused_logp_and_entropy_and_their_gradient_are_the_naive_ones"),
 
@@ -378,8 +378,8 @@ BUGS = [Bug(*entry) for entry in [
      "A response without an end token is scored like any other, where the reward model has "
      "never seen one.",
      "what the EOS trick of arXiv 2403.17031 is for; huggingface/trl #3750",
-     "return torch.where(ended, reward, lowest), correct",
-     "return reward, correct",
+     "raw = torch.where(ended, raw, truncated_reward)",
+     "raw = raw",
      "test_ppo.py::test_a_truncated_response_gets_its_penalty_and_never_a_score"),
 
 
@@ -403,15 +403,15 @@ BUGS = [Bug(*entry) for entry in [
     ("flipped_kl", "grpo.py",
      "k3 of the inverted ratio: near the reference it looks the same, far from it it is no KL.",
      "rlhf-book loss.py (kl3)",
-     "return torch.expm1(ref_logp - logp) - (ref_logp - logp)",
-     "return torch.expm1(logp - ref_logp) - (logp - ref_logp)",
+     "return torch.expm1(log_ratio) - log_ratio",
+     "return torch.expm1(-log_ratio) + log_ratio",
      "test_grpo.py::test_k3_is_the_kl_in_value_and_the_other_kl_in_gradient"),
 
     ("k1_as_a_loss", "grpo.py",
      "The plain log-ratio as a loss: right in value, and its expected gradient is 0.",
      "verl offers it, kl_loss_type=kl",
-     "return torch.expm1(ref_logp - logp) - (ref_logp - logp)",
-     "return logp - ref_logp",
+     "return torch.expm1(log_ratio) - log_ratio",
+     "return -log_ratio",
      "test_grpo.py::test_k3_is_the_kl_in_value_and_the_other_kl_in_gradient"),
 
     ("kl_penalty_with_the_wrong_sign", "grpo.py",
@@ -439,9 +439,9 @@ BUGS = [Bug(*entry) for entry in [
     ("unmasked_metrics", "grpo.py",
      "The KL in the log is a mean over pads too, and is understated by their share.",
      "tiny-grpo loss.py; approx_kl of trl's PPO and of summarize_from_feedback_details",
-     'stats["kl"] = (kl * mask).sum() / tokens',
-     'stats["kl"] = kl.mean()',
-     "test_grpo.py::test_loss_is_equation_3"),
+     'loss_stats["kl"] = (old - ref_logp[rows, :width]).sum() / len(index)',
+     'loss_stats["kl"] = (old - ref_logp[rows, :width]).mean()',
+     "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
 
     ("nan_times_zero", "grpo.py",
      "Pads are removed by multiplication, and 0 · inf is nan.",
@@ -500,7 +500,7 @@ BUGS = [Bug(*entry) for entry in [
     ("reference_moves", "grpo.py",
      "The reference is the policy itself, not a copy: the KL penalty is always 0.",
      "a slip",
-     "reference = freeze(copy.deepcopy(policy))",
+     "reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)",
      "reference = policy",
      "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
 
@@ -528,15 +528,16 @@ BUGS = [Bug(*entry) for entry in [
     ("all_right_is_informative", "dapo.py",
      "Groups that are all right are kept, and teach nothing.",
      "a slip",
-     "return (accuracy > 0) & (accuracy < 1)",
-     "return accuracy > 0",
-     "test_dapo.py::test_a_group_is_informative_if_some_responses_are_right_and_some_wrong"),
+     "return r.amax(1) > r.amin(1)",
+     "return r.amax(1) > 0",
+     "test_dapo.py::test_a_group_is_informative_if_its_rewards_differ"),
 
     ("filter_on_the_shaped_reward", "dapo.py",
      "Groups all wrong pass the filter if their lengths differ, and teach brevity.",
      "NVIDIA-NeMo/RL #2431",
-     "informative((correct > 0).float().view(-1, cfg.group_size).mean(1))",
-     "reward.view(-1, cfg.group_size).std(1) > 0",
+     "differs = informative(raw, cfg.group_size)",
+     "differs = informative(reward + soft_overlong(mask_cpu.sum(1), cfg.max_new_tokens, "
+     "cfg.overlong_cache), cfg.group_size)",
      "test_dapo.py::"
      "test_dynamic_sampling_fills_the_batch_with_informative_groups_of_the_current_policy"),
 
@@ -580,6 +581,99 @@ BUGS = [Bug(*entry) for entry in [
      "ended = ids and ids[-1] in stop_token_ids",
      "ended = not chosen[-1]",
      "test_reward.py::test_collection_drops_truncated_empty_and_repeated_responses"),
+
+
+    # what a rollout earned, and what the log says of it
+
+    ("any_score_is_right", "common/verifier.py",
+     "Every score above 0 counts as right: with .1 for the form, accuracy is 1 where it is .5.",
+     "a slip; nothing shows until somebody gives partial credit",
+     "return score >= 1 - 1e-6",
+     "return score > 0",
+     "test_grpo.py::test_only_a_full_score_is_right_whatever_the_partial_credit"),
+
+    ("truncated_by_the_batch", "common/train.py",
+     "A truncated response gets the lowest reward of its batch, which falls as batches grow.",
+     "a slip",
+     "raw = torch.where(ended, raw, truncated_reward)",
+     "raw = torch.where(ended, raw, raw[ended].min())",
+     "test_ppo.py::test_a_truncated_response_gets_its_penalty_and_never_a_score"),
+
+    ("equal_responses_differ", "common/train.py",
+     "Equal responses of a group are scored in different micro-batches: in bf16 they get "
+     "advantages of 1 and more.",
+     "a slip; any reward model in half precision",
+     "distinct, number = rows.unique(dim=0, return_inverse=True)",
+     "distinct, number = rows, torch.arange(len(rows))",
+     "test_ppo.py::test_equal_responses_have_equal_scores_and_so_no_advantage"),
+
+    ("unit_of_one", "common/train.py",
+     "Where no response of the sample is right, the reward's standard deviation counts as 1: a "
+     "nat of KL suddenly costs ten times as much.",
+     "a slip; `or 1` against division by 0",
+     "max(std, MIN_REWARD_STD)",
+     "std or 1.0",
+     "test_ppo.py::test_the_unit_of_the_reward_does_not_jump_where_hardly_any_response_is_right"),
+
+    ("lambda_of_short_responses", "ppo.py",
+     "λ = .95 comes from responses of 53 tokens: of 300, the first earns 2e-7 of the reward.",
+     "the default of trl's PPO, torchtune and summarize_from_feedback_details",
+     "gae_lambda: float = 1.0 ",
+     "gae_lambda: float = 0.95 ",
+     "test_ppo.py::test_with_lambda_below_1_the_first_tokens_of_a_long_response_earn_nothing"),
+
+    ("critic_judges_itself", "ppo.py",
+     "The critic's explained variance is of Â + V, which is made of the critic: pure noise "
+     "explains .93.",
+     "vf_explained_var of verl's metric_utils.py, where λ < 1",
+     "explained_variance(old_value, monte_carlo, mask)",
+     "explained_variance(old_value, ret, mask)",
+     "test_ppo.py::test_what_the_update_gets_is_what_was_sampled_scored_and_valued"),
+
+    ("kl_of_the_moved_policy", "grpo.py",
+     "The logged KL compares the policy after its steps with the reference on old responses, "
+     "which is no KL.",
+     "the kl of trl's GRPO with several updates per rollout",
+     "(old - ref_logp[rows, :width]).sum()",
+     "(logp.detach() - ref_logp[rows, :width]).sum()",
+     "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
+
+    ("overflowing_k3", "grpo.py",
+     "One token that the policy has all but given up makes k3 infinite, and the loss NaN.",
+     "why verl clamps the log-ratio at 20",
+     "log_ratio = (ref_logp - logp).clamp(max=20)",
+     "log_ratio = ref_logp - logp",
+     "test_grpo.py::test_ratio_and_k3_are_exact_up_to_20_nats_and_never_infinite"),
+
+    ("agreement_counts_once", "common/preferences.py",
+     "Annotators who agree on a pair become one row, those who disagree keep one each: .8 is "
+     "learned as .7.",
+     "a slip; deduplication of preference data",
+     "repeated = max(counts.values(), default=0) > 1",
+     "repeated = False",
+     "test_reward.py::test_every_annotator_counts_when_several_judge_the_same_pair"),
+
+    ("last_step_learns_nothing", "common/train.py",
+     "The schedule's last rate is exactly 0: a batch is read and nothing learned.",
+     "a slip; transformers' warm-ups have such a step at the start",
+     "done = (step - 1 - warmup) / (steps - warmup)",
+     "done = (step - warmup) / (steps - warmup)",
+     "test_model.py::test_every_step_learns_the_first_and_the_last_included"),
+
+    ("reference_rounds_its_embeddings", "common/train.py",
+     "The frozen reference looks its embeddings up in bf16, the policy in float32: the KL does "
+     "not start at 0.",
+     "any reference loaded in bf16 beside a float32 policy",
+     "isinstance(module, nn.Linear)",
+     "isinstance(module, (nn.Linear, nn.Embedding))",
+     "test_memory.py::test_frozen_matrices_in_bf16_give_the_products_that_autocast_gives"),
+
+    ("float32_cumulative_sum", "model.py",
+     "Sampling by a cumulative sum in float32: of 151,936 tokens thousands can never be drawn.",
+     "a slip",
+     "c = p.cumsum(-1, dtype=u.dtype)",
+     "c = p.cumsum(-1).to(u.dtype)",
+     "test_model.py::test_every_token_of_a_large_vocabulary_can_be_drawn"),
 ]]
 
 

@@ -15,7 +15,7 @@ from common import load
 from common.checkpoint import save_checkpoint
 from common.data import running_sums
 from common.tokenizer import decode_responses, make_tokenizer
-from common.train import Optimizers, fill_batch, micro_batches
+from common.train import Optimizers, micro_batches, select_groups
 from conftest import PROMPTS, gradients, metrics, tiny
 from dapo import dapo_loss, informative, soft_overlong
 from grpo import grpo_loss
@@ -155,12 +155,17 @@ def test_the_default_length_penalty_spares_every_demonstration():
     assert (penalty[:-2] == 0).all() and penalty[-2:].tolist() == pytest.approx([-1 / 6, -1])
 
 
-def test_a_group_is_informative_if_some_responses_are_right_and_some_wrong():
-    accuracy = torch.tensor([0., 1 / 8, .5, 7 / 8, 1.])
-    assert informative(accuracy).tolist() == [False, True, True, True, False]
+def test_a_group_is_informative_if_its_rewards_differ():
+    """With 1 and 0: if some are right and some wrong. With partial credit also where none is right,
+    or all are. Equal ones need no exact mean."""
+    right = [0, 1 / 8, .5, 7 / 8, 1.]
+    reward = torch.cat([(torch.arange(8) < 8 * x).float() for x in right])
+    assert informative(reward, 8).tolist() == [False, True, True, True, False]
+    reward = torch.tensor([.1, 0, .1, .1, 1, 1, .1, 1, .3, .3, .3, .3, -2, 0, 0, 0])
+    assert informative(reward, 4).tolist() == [True, True, False, True]
 
 
-def test_a_full_batch_takes_all_informative_groups_and_others_where_sampling_stopped():
+def test_groups_are_selected_from_all_generations_with_all_that_belongs_to_them():
     """Two generations of unlike width, groups of 2; every tensor is picked and padded alike, and
     prompts keep their own responses."""
     wide = torch.arange(24).view(6, 4)                         # 3 groups
@@ -168,12 +173,11 @@ def test_a_full_batch_takes_all_informative_groups_and_others_where_sampling_sto
     generations = [(wide, torch.arange(6.)), (narrow, 10 + torch.arange(4.))]
     keep = torch.tensor([False, True, False, True, True])
     padded = F.pad(narrow, (0, 1))
-    tokens, reward = fill_batch(generations, keep, 3, 2)
+    tokens, reward = select_groups(generations, keep, 2)
     assert torch.equal(tokens, torch.cat([wide[2:4], padded]))
     assert reward.tolist() == [2, 3, 10, 11, 12, 13]
-    tokens, reward = fill_batch(generations, keep, 4, 2)       # and the first of the others
-    assert torch.equal(tokens, torch.cat([wide[:4], padded]))
-    assert reward.tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    tokens, reward = select_groups(generations, keep & False, 2)
+    assert tokens.shape == (0, 4) and reward.shape == (0,)
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -218,36 +222,36 @@ def train(folder, out, monkeypatch, module=dapo, **flags):
 
 
 @pytest.fixture
-def filled(monkeypatch):
-    """The arguments of every call of fill_batch, and the batch that it returned."""
+def selected(monkeypatch):
+    """The arguments of every call of select_groups, and the batch that it returned."""
     calls = []
 
     def recorded(*args):
-        calls.append((args, fill_batch(*args)))
+        calls.append((args, select_groups(*args)))
         return calls[-1][1]
 
-    monkeypatch.setattr(dapo, "fill_batch", recorded)
+    monkeypatch.setattr(dapo, "select_groups", recorded)
     return calls
 
 
 def test_dynamic_sampling_fills_the_batch_with_informative_groups_of_the_current_policy(
-        tmp_path, monkeypatch, filled):
-    """Groups are filtered by the rule alone: those that are all right or all wrong have responses
-    of unlike lengths, so that the shaped rewards of nearly all of them differ."""
+        tmp_path, monkeypatch, selected):
+    """Groups are filtered by their rewards before the length penalty: those that are all right or all
+    wrong have responses of unlike lengths, so that the shaped rewards of nearly all of them
+    differ."""
     write_rows(tmp_path, "ehm")
     logged = train(tmp_path, "out", monkeypatch, overlong_cache=11, max_generations=50)
     tokenizer = make_tokenizer()
-    assert len(filled) == 4 and any(row["generations"] > 2 for row in logged)
-    for row, (arguments, in_batch) in zip(logged, filled):
-        generations, keep, prompts, group_size = arguments
-        tokens, _, _, _, _, kept = in_batch
-        assert (prompts, group_size, len(tokens)) == (6, 4, 24)
-        assert keep.sum() == 6 and kept.all()
+    assert len(selected) == 4 and any(row["generations"] > 2 for row in logged)
+    for row, (arguments, in_batch) in zip(logged, selected):
+        generations, keep, group_size = arguments
+        tokens, _, _, _, _ = in_batch
+        assert (group_size, len(tokens)) == (4, 24) and keep.sum() == 6
         assert (tokens[:, 0] == ord("m")).all()                # only these are sometimes right
 
         # the responses of all that was sampled, kept or not
         kinds, shaped, lengths, right = [], [], [], []
-        for tokens, mask, _, _, reward, _ in generations:
+        for tokens, mask, _, _, reward in generations:
             texts = decode_responses(tokenizer, tokens, mask, tuple(range(200)))
             length = mask.sum(1)
             for text, first, n, r in zip(texts, tokens[:, 0], length.tolist(), reward.tolist()):
@@ -261,7 +265,7 @@ def test_dynamic_sampling_fills_the_batch_with_informative_groups_of_the_current
         assert set(kinds) == set("ehm") and len(kinds) == 4 * len(keep)
         uninformative = torch.tensor([kind != "m" for kind in kinds[::4]])
         spread = torch.tensor(shaped).view(-1, 4).std(1)
-        assert (spread[uninformative] > 0).float().mean() > .5
+        assert (spread[uninformative] > 0).float().mean() > .3
 
         # they are what is counted and logged
         groups = torch.tensor(right).view(-1, 4)
@@ -281,22 +285,39 @@ def test_dynamic_sampling_fills_the_batch_with_informative_groups_of_the_current
             before += n
 
 
-def test_sampling_stops_at_the_bound_and_goes_on_with_what_there_is(tmp_path, monkeypatch, filled):
+def test_sampling_stops_at_the_bound_and_a_batch_that_is_not_full_is_smaller(
+        tmp_path, monkeypatch, selected):
+    """Groups that teach nothing neither fill the batch nor stand in its denominator."""
     write_rows(tmp_path, "h")
     logged = train(tmp_path, "out", monkeypatch, max_generations=3, overlong_cache=0)
-    for row, (arguments, in_batch) in zip(logged, filled, strict=True):
-        generations, keep, _, _ = arguments
+    for row, (arguments, in_batch) in zip(logged, selected, strict=True):
+        generations, keep, _ = arguments
         assert row["generations"] == len(generations) == 3
-        assert len(keep) == 18 and not keep.any() and len(in_batch[0]) == 24
+        assert len(keep) == 18 and not keep.any() and len(in_batch[0]) == 0
         assert row["frac_zero_std"] == 1 and row["grad_norm"] == 0
         assert row["accuracy"] == row["pass_at_g"] == 0
     logged = train(tmp_path, "long", monkeypatch, max_generations=3, overlong_cache=11)
     assert logged[-1]["grad_norm"] == 0                        # the length alone teaches nothing
     write_rows(tmp_path, "hm")
-    filled.clear()
-    logged = train(tmp_path, "once", monkeypatch, max_generations=1)
-    for row, (arguments, _) in zip(logged, filled, strict=True):
-        assert row["generations"] == 1 and len(arguments[1]) == 6
+    selected.clear()
+    denominators = []
+
+    def recorded_loss(logp, old, adv, mask, low, high, n):
+        denominators.append(n)
+        return dapo_loss(logp, old, adv, mask, low, high, n)
+
+    monkeypatch.setattr(dapo, "dapo_loss", recorded_loss)
+    logged = train(tmp_path, "once", monkeypatch, max_generations=1, minibatch=24)
+    smaller = 0
+    for row, (arguments, in_batch) in zip(logged, selected, strict=True):
+        _, keep, _ = arguments
+        tokens, mask = in_batch[:2]
+        assert row["generations"] == 1 and len(keep) == 6 and len(tokens) == 4 * keep.sum()
+        assert (tokens[:, 0] == ord("m")).all()
+        if len(tokens):                                        # one optimiser step in one piece
+            assert denominators.pop(0) == mask.sum()
+        smaller += len(tokens) < 24
+    assert smaller > 0
 
 
 def test_without_its_four_changes_it_trains_as_token_mean_grpo_without_a_kl_penalty(
@@ -307,7 +328,7 @@ def test_without_its_four_changes_it_trains_as_token_mean_grpo_without_a_kl_pena
     monkeypatch.setattr(dapo, "make_optimizer", sgd)
     monkeypatch.setattr(grpo, "make_optimizer", sgd)
     whole = dict(micro_batch_tokens=10 ** 6, steps=5, epochs=3, temperature=0.8)
-    unchanged = dict(clip_high=0.2, max_generations=1, overlong_cache=0)
+    unchanged = dict(clip_high=0.2, max_generations=0, overlong_cache=0)
 
     def token_mean_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n):
         adv = adv * mask.sum(1)

@@ -397,9 +397,11 @@ def test_metrics_of_held_out_pairs_and_their_confidence_interval(own):
     for row, x in zip(pairs, h):
         error[row["prompt"]] = error.get(row["prompt"], 0.0) + (x > 0) - acc
     assert 0 < acc < 1 and len(error) < len(h)
+    prompts = len(error)
+    variance = sum(x * x for x in error.values()) * prompts / (prompts - 1)
     expected = {
         "pair_acc": acc,
-        "pair_acc_ci95": 1.96 * math.sqrt(sum(x * x for x in error.values())) / len(h),
+        "pair_acc_ci95": 1.96 * math.sqrt(variance) / len(h),
         "margin": .5 * sum(h) / len(h),
         "pair_loss": sum(math.log(1 + math.exp(-.5 * x)) for x in h) / len(h),
         "logp_w": logp[:, 0].mean().item(),

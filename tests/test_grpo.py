@@ -13,6 +13,7 @@ import sft
 from common import load
 from common.checkpoint import save_checkpoint
 from common.tokenizer import make_tokenizer
+from common.evaluate import rollout_stats
 from common.train import compute_reward, micro_batches
 from conftest import PROMPTS, gradients, naive_logp, script, tiny
 from grpo import group_advantage, grpo_loss, kl_k3
@@ -83,9 +84,7 @@ def test_loss_is_equation_3():
     assert math.isclose(loss.item(), expected, rel_tol=1e-12)
     ratio = (logp - old).exp()[mask > 0]
     a = adv[:, None].expand_as(mask)[mask > 0]
-    d = (ref - logp)[mask > 0]
-    expected = {"kl": (d.exp() - d - 1).mean(),
-                "clip_low": ((ratio < .8) & (a < 0)).double().mean(),
+    expected = {"clip_low": ((ratio < .8) & (a < 0)).double().mean(),
                 "clip_high": ((ratio > 1.2) & (a > 0)).double().mean()}
     for name, x in expected.items():
         assert x > 0 and math.isclose(stats[name], x, rel_tol=1e-9), name
@@ -135,6 +134,22 @@ def test_k3_keeps_its_digits_near_zero():
     d = torch.tensor(1e-4)
     assert math.isclose(kl_k3(torch.zeros(()), d).item(), 0.5e-8, rel_tol=0.5)
     assert kl_k3(d, d) == 0
+
+
+def test_ratio_and_k3_are_exact_up_to_20_nats_and_never_infinite():
+    """exp(100) is infinite in float32, and inf - inf is NaN."""
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    for d in (-1000.0, -30.0, -19.9, 0.5, 19.9):               # log π_ref - log π
+        expected = math.exp(d) - 1 - d
+        assert kl_k3(zero.double(), zero.double() + d).item() == pytest.approx(expected, rel=1e-12)
+        if d > -30:
+            for loss in (grpo_loss(zero.double() - d, zero, zero, -one[0], one, 0.2, 0.0)[0],):
+                assert loss.item() == pytest.approx(max(0.8, math.exp(-d)), rel=1e-12)
+    for far in (100.0, 1e4):
+        logp = torch.full((1, 1), far, requires_grad=True)
+        for advantage in (one[0], -one[0]):
+            loss, _ = grpo_loss(logp, zero, zero + far + far, advantage, one, 0.2, 0.1)
+            assert loss.isfinite() and grad(loss, logp)[0].isfinite().all()
 
 
 def test_garbage_outside_the_mask_changes_neither_loss_nor_gradient_nor_statistics():
@@ -214,7 +229,7 @@ def test_the_first_step_has_ratio_1_and_nothing_is_clipped(family):
     logp, _ = model.token_logp(tokens, mask, 0.8)
     assert ((logp - sampled).exp() - 1).abs().max() < 1e-9
     loss, stats = grpo_loss(logp, sampled, logp.detach(), adv, mask, clip_eps=1e-6, kl_beta=1.0)
-    assert stats["clip_low"] == stats["clip_high"] == 0 and stats["kl"] < 1e-15
+    assert stats["clip_low"] == stats["clip_high"] == 0
     policy_gradient_loss = -((adv[:, None] * logp * mask).sum(1) / mask.sum(1)).mean()
     params = list(model.parameters())
     found = grad(loss, params, retain_graph=True)
@@ -358,9 +373,30 @@ def test_the_format_reward_is_a_bonus_of_the_rule_alone():
     tokens, mask = torch.zeros(5, 3, dtype=torch.long), torch.ones(5, 3)
     for bonus in (0.0, 0.25):
         cfg = grpo.Config(format_reward=bonus)
-        reward, correct = compute_reward(cfg, None, grpo.score, rows, tokens, mask, responses)
-        assert reward.tolist() == [1 + bonus, 1, bonus, 0, 0]
+        reward, raw, correct = compute_reward(
+            cfg, None, grpo.score, rows, tokens, mask, responses, 0.0)
+        assert reward.tolist() == [1 + bonus, 1, bonus, 0, 0] and raw.tolist() == [1, 1, 0, 0, 0]
         assert correct.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_only_a_full_score_is_right_whatever_the_partial_credit():
+    """.1 for a number, about 1 for the right one, 1.5 for a short one: the last two are right."""
+    def partial_credit(row, response):
+        if response == row["answer"]:
+            return 1.5
+        if response.endswith(row["answer"]):
+            return 0.7 + 0.2 + 0.1                             # 0.9999999999999999
+        return 0.1 * response.isdigit()
+
+    rows = [{"prompt": "p", "answer": "42"}] * 5
+    responses = ["42", "so 42", "41", "no", None]
+    tokens, mask = torch.zeros(5, 3, dtype=torch.long), torch.ones(5, 3)
+    reward, _, correct = compute_reward(
+        grpo.Config(), None, partial_credit, rows, tokens, mask, responses, -0.5)
+    assert reward.tolist() == pytest.approx([1.5, 1, 0.1, 0, -0.5])
+    assert correct.tolist() == [1, 1, 0, 0, 0]
+    stats = rollout_stats(reward, correct, mask, responses, 5)
+    assert stats["accuracy"].item() == pytest.approx(2 / 5) and stats["pass_at_g"] == 1
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -444,15 +480,15 @@ def test_what_the_update_gets_is_what_was_sampled_and_earned(tmp_path, monkeypat
             assert len(group) == 8 and adv == pytest.approx(expected, abs=1e-4)
             nonzero += std > 0
             rewards += reward
-        d, entropies = [], []
-        for _, entropy, logp, _, ref, _, mask, _ in pieces:
-            d.append((ref - logp)[mask > 0])
+        k1, entropies = [], []                                 # of the policy that sampled
+        for _, entropy, _, old, ref, _, mask, _ in pieces:
+            k1.append((old - ref)[mask > 0])
             entropies.append(entropy[mask > 0])
-        d = torch.cat(d)
-        assert metrics["kl"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-3, abs=1e-6)
+        assert metrics["kl"] == pytest.approx(torch.cat(k1).mean().item(), rel=1e-3, abs=1e-6)
         assert metrics["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-3)
         assert metrics["reward"] == pytest.approx(statistics.mean(rewards))
-    assert moved > 6 and nonzero > 6 and shuffled and logged[-1]["kl"] > 1e-4
+    assert moved > 6 and nonzero > 6 and shuffled
+    assert abs(logged[0]["kl"]) < 1e-6 and abs(logged[-1]["kl"]) > 1e-4
 
 
 def test_the_trace_of_one_token_runs_on_any_checkpoint(tmp_path):

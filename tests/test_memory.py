@@ -135,10 +135,12 @@ def test_frozen_matrices_in_bf16_give_the_products_that_autocast_gives(family, m
                 p.data = p.data.bfloat16().float()
         frozen = freeze(copy.deepcopy(model))
         for name, p in frozen.named_parameters():
-            assert p.dtype == (torch.bfloat16 if p.dim() == 2 else torch.float32), name
+            in_a_product = p.dim() == 2 and name not in ("embedding.weight", "position.weight")
+            assert p.dtype == (torch.bfloat16 if in_a_product else torch.float32), name
             assert not p.requires_grad
-        gap = (logp(frozen) - logp(model)).abs().max()
-        assert gap == 0 if came_in_bf16 else 0 < gap < 2 * noise
+        assert torch.equal(logp(frozen), logp(model))          # or the KL would not start at 0
+    moving = freeze(copy.deepcopy(model), bf16=False)
+    assert all(p.dtype == torch.float32 for p in moving.parameters())
     reward_model = freeze(ScalarModel(copy.deepcopy(model), std=1.0))
     with M.autocast(CPU):
         value, score = reward_model.value_and_score(tokens, torch.ones(3, 20))

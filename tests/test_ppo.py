@@ -9,13 +9,14 @@ import torch
 from torch.autograd import grad
 
 import common.train
+import grpo
 import ppo
 from common import InputError, load
 from common.checkpoint import save_checkpoint
 from common.evaluate import explained_variance
 from common.tokenizer import make_tokenizer
 from common.train import compute_reward, compute_values, micro_batches
-from conftest import PROMPTS, gradients, naive_logp, tiny
+from conftest import PROMPTS, gradients, metrics, naive_logp, tiny
 from model import GPT, GPTConfig, ScalarModel
 from ppo import gae, ppo_loss, token_reward, value_loss, whiten
 from test_grpo import RUBBISH, every_response, flat_grad, randomise, three_token_model
@@ -237,6 +238,35 @@ def test_an_empty_row_contributes_nothing():
         assert loss == 0 and not any(math.isnan(x) for x in stats.values())
 
 
+@pytest.mark.parametrize("n, lam", [(18, .95), (300, .95), (300, 1.0)])
+def test_with_lambda_below_1_the_first_tokens_of_a_long_response_earn_nothing(n, lam):
+    """At V = 0 the advantage k tokens before the last is λ^k of the reward: .42 of it reaches the
+    first of 18 tokens, 2e-7 the first of 300."""
+    reward, mask = torch.zeros(1, n).double(), torch.ones(1, n)
+    reward[0, -1] = 1
+    adv, _ = gae(reward, torch.zeros(1, n).double(), mask, 1.0, lam)
+    expected = torch.tensor([lam ** (n - 1 - t) for t in range(n)]).double()
+    torch.testing.assert_close(adv[0], expected)
+    if n == 300:
+        assert (adv[0, 0] < 1e-6) == (lam < 1)
+        assert (ppo.Config().gae_lambda, "gae_lambda" in ppo.PRETRAINED) == (1, False)
+
+
+def test_explained_variance_is_of_the_monte_carlo_return_not_of_the_critics_own_target():
+    """A critic of pure noise, one constant a response, 300 tokens: against Â + V with λ = .95 it
+    seems to explain .93 of the variance; of what was earned it explains less than nothing."""
+    torch.manual_seed(0)
+    reward, mask = torch.zeros(256, 300).double(), torch.ones(256, 300)
+    reward[:, -1] = torch.randn(256)
+    value = torch.randn(256, 1).double().expand(256, 300)
+    _, own_target = gae(reward, value, mask, 1.0, .95)
+    _, monte_carlo = gae(reward, value, mask, 1.0, 1.0)
+    earned = reward.flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(monte_carlo, earned)
+    assert explained_variance(value, own_target, mask) > .9
+    assert explained_variance(value, monte_carlo, mask) < -.7
+
+
 def test_explained_variance_of_a_perfect_a_constant_and_a_contrary_critic():
     *_, ret, mask = batch()
     assert explained_variance(ret, ret, mask) == 1 == explained_variance(ret + 3, ret, mask)
@@ -382,25 +412,90 @@ def test_a_truncated_response_gets_its_penalty_and_never_a_score():
         tokens[i, :len(ids)] = torch.tensor(ids)
         mask[i, 6:len(ids)] = 1
 
-    def earned(cfg, reward_model, rows):
-        return compute_reward(cfg, reward_model, ppo.score, rows, tokens, mask, responses)
+    def earned(reward_model, rows):
+        cfg = ppo.Config()
+        return compute_reward(cfg, reward_model, ppo.score, rows, tokens, mask, responses, -3.0)
 
-    cfg = ppo.Config(truncated_reward=-3.0)
-    reward, correct = earned(cfg, None, rows)
+    reward, _, correct = earned(None, rows)
     assert reward.tolist() == [1, 0, -3] and correct.tolist() == [1, 0, 0]
-    reward, _ = earned(ppo.Config(), None, rows)
-    assert reward.tolist() == [1, 0, 0]
-    for level in (10.0, -50.0):                                # never above the worst that ended
-        reward_model.head.bias.data.fill_(level)
-        reward, correct = earned(cfg, reward_model, rows)
-        score = reward_model.score(tokens, mask).detach()
-        torch.testing.assert_close(reward[:2], score[:2])
-        assert reward[2] == min(-3, score[:2].min()) and correct.tolist() == [1, 0, 0]
-    _, correct = earned(cfg, reward_model, [{"prompt": "x"}] * 3)
+    reward, _, correct = earned(reward_model, rows)
+    score = reward_model.score(tokens, mask).detach()
+    torch.testing.assert_close(reward[:2], score[:2])
+    assert reward[2] == -3 and correct.tolist() == [1, 0, 0]
+    _, _, correct = earned(reward_model, [{"prompt": "x"}] * 3)
     assert correct is None
     reward_model.head.bias.data.fill_(math.nan)
     with pytest.raises(InputError, match="--reward"):
-        earned(cfg, reward_model, rows)
+        earned(reward_model, rows)
+
+
+class Sampler:
+    """A policy that gives `right` of 100 prompts the response "1" and truncates every tenth."""
+    cfg = GPTConfig(stop_token_ids=(256,))
+
+    def __init__(self, right):
+        self.right = right
+
+    def generate(self, prompts, group_size, max_new_tokens, temperature, uniform):
+        rows = []
+        for i in range(len(prompts)):
+            rows.append([9, 48 + (i < self.right), 48 if i % 10 == 9 else 256])
+        return torch.tensor(rows), torch.tensor([[0, 1, 1]] * len(rows)).float(), None
+
+
+def measured(monkeypatch, right, scores=None, **flags):
+    """measure_reward over 100 prompts, under the rule or a reward model with these scores."""
+    if scores is not None:
+        monkeypatch.setattr(common.train, "score_responses", lambda *args: scores)
+    rows = [{"prompt": "p", "ids": [9], "answer": "1"}] * 100
+    return common.train.measure_reward(
+        ppo.Config(**flags), Sampler(right), make_tokenizer(), scores, ppo.score, rows)
+
+
+def test_a_truncated_response_has_one_reward_for_the_whole_run(monkeypatch, capsys):
+    """The lowest of a sample at the start: taken from each batch, it would fall as batches grow."""
+    scores = torch.arange(100.0) - 80                          # of truncated ones: -71, -61, ...
+    assert measured(monkeypatch, 50, scores)["truncated_reward"] == -80
+    assert "-80.000" in capsys.readouterr().out
+    assert measured(monkeypatch, 50, scores, truncated_reward=-99)["truncated_reward"] == -99
+    assert measured(monkeypatch, 50, scores + 100)["truncated_reward"] == 0
+    # the standard deviation is that of what is paid out
+    paid = [0.0 if i % 10 == 9 else 20.0 + i for i in range(100)]
+    found = measured(monkeypatch, 50, scores + 100)["reward_std"]
+    assert found == pytest.approx(statistics.pstdev(paid))
+
+
+def test_the_unit_of_the_reward_does_not_jump_where_hardly_any_response_is_right(
+        monkeypatch, capsys):
+    """At a success rate of 1% a sample has none, one or two right responses by luck: the standard
+    deviation is 0, .10 or .14, and 0 must not count as 1."""
+    found = [measured(monkeypatch, right)["reward_std"] for right in (0, 1, 2, 3)]
+    assert "warning" in capsys.readouterr().out
+    assert found == pytest.approx([.1, .1, .14, .1706], abs=1e-4)
+    measured(monkeypatch, 40)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_equal_responses_have_equal_scores_and_so_no_advantage(monkeypatch):
+    """In bf16 two micro-batches round unlike, here by 1e-3; a group's standard deviation would turn
+    that into advantages of more than 1, where 0 is right."""
+    model = ScalarModel(tiny(dtype=torch.float32), std=1.0)
+    torch.manual_seed(0)
+    tokens = torch.randint(5, 23, (6, 9)).repeat_interleave(8, 0)      # eight equal responses each
+    lengths = torch.arange(48) // 8 % 3 + 6
+    mask = ((torch.arange(9) >= 4) & (torch.arange(9) < lengths[:, None])).float()
+    found = common.train.score_responses(model, tokens, mask, 40)
+    torch.testing.assert_close(found, model.score(tokens, mask).detach(), rtol=0, atol=1e-5)
+
+    def rounded(*args):
+        value, score = compute_values(*args)
+        return value, score + 1e-3 * torch.randn_like(score)
+
+    apart = rounded(model, tokens, mask)[1]
+    monkeypatch.setattr(common.train, "compute_values", rounded)
+    together = common.train.score_responses(model, tokens, mask, 40)
+    assert grpo.group_advantage(apart, 8).abs().max() > 1
+    assert (grpo.group_advantage(together, 8) == 0).all()
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -434,13 +529,16 @@ def test_what_the_update_gets_is_what_was_sampled_scored_and_valued(tmp_path, mo
         return token_logp(self, tokens, *args, **more)
 
     def recorded_initial_reward(*args):
-        reward, correct = compute_reward(*args)
-        initial_rewards.append(reward)
-        return reward, correct
+        *_, responses, truncated_reward = args
+        reward, raw, correct = compute_reward(*args)
+        initial_rewards.append([None if text is None else r.item()
+                                for text, r in zip(responses, reward)])
+        return reward, raw, correct
 
-    def recorded_reward(cfg, reward_model, score, rows, tokens, mask, responses):
+    def recorded_reward(*args):
+        *_, tokens, mask, responses, truncated_reward = args
         rollouts.append((tokens, mask, {}))
-        return compute_reward(cfg, reward_model, score, rows, tokens, mask, responses)
+        return compute_reward(*args)
 
     def recorded(loss):
         def record(new, old, x, mask, clip_eps, n):            # x: adv or ret
@@ -467,22 +565,23 @@ def test_what_the_update_gets_is_what_was_sampled_scored_and_valued(tmp_path, mo
         max_new_tokens=12, temperature=0.7, truncated_reward=-1.0, kl_beta=beta, gamma=gamma,
         gae_lambda=lam, lr=1e-3, critic_lr=1e-3, warmup=0, micro_batch_tokens=60, eval_every=100,
         early_stopping=False))
+    logged = metrics(tmp_path / "out")[1:]
     policy, _ = load(str(tmp_path / "init"))
     reward_model, _ = load(str(tmp_path / "reward"))
-    reward_std = statistics.pstdev(initial_rewards[0].tolist())
-    assert len(initial_rewards[0]) > 100 and reward_std > 0.1
+    worst = min([-1.0] + [x for x in initial_rewards[0] if x is not None])
+    reward_std = statistics.pstdev(worst if x is None else x for x in initial_rewards[0])
+    assert len(initial_rewards[0]) > 100 and reward_std > 0.1 and worst < -1
     assert len(rollouts) == 3 and len(first_gaps) == 6 and max(first_gaps.values()) < 1e-4
 
     for step, (tokens, mask, calls) in enumerate(rollouts):
         assert len(calls) == 24                                # 12 responses in two losses
-        responses, scores = [], []
+        responses, scores, earned, valued = [], [], [], []
         for row, chosen in zip(tokens, mask):
             columns = chosen_columns(chosen)
             ids = row[:columns[-1] + 1]
             responses.append((ids, columns))
             ended = int(ids[-1]) in stop
             scores.append(reward_model(ids[None])[0, -1].item() if ended else None)
-        worst = min([-1.0] + [x for x in scores if x is not None])
         expected_adv, expected_ret, found_adv, found_ret, tokens_in = [], [], [], [], {}
         for (ids, columns), score in zip(responses, scores):
             policy_calls = calls["ppo_loss", tuple(ids.tolist())]
@@ -503,6 +602,9 @@ def test_what_the_update_gets_is_what_was_sampled_scored_and_valued(tmp_path, mo
                 assert value == pytest.approx(first_value, abs=1e-4)
             reward = [-beta * (a - b) for a, b in zip(old, ref)]
             reward[-1] += (worst if score is None else score) / reward_std
+            for t in range(len(columns)):                      # the Monte-Carlo return
+                earned.append(sum(gamma ** k * r for k, r in enumerate(reward[t:])))
+            valued += value
             own_adv = brute_force_gae(
                 torch.tensor([reward]).double(), torch.tensor([value]).double(),
                 torch.ones(1, len(columns)), gamma, lam)[0].tolist()
@@ -513,5 +615,8 @@ def test_what_the_update_gets_is_what_was_sampled_scored_and_valued(tmp_path, mo
         mean, std = statistics.mean(expected_adv), statistics.pstdev(expected_adv)
         assert found_adv == pytest.approx([(x - mean) / std for x in expected_adv], abs=1e-3)
         assert found_ret == pytest.approx(expected_ret, abs=1e-3)
+        left = [g - v for g, v in zip(earned, valued)]
+        explained = 1 - statistics.pvariance(left) / statistics.pvariance(earned)
+        assert logged[step]["explained_var"] == pytest.approx(explained, abs=1e-3)
         for (_, _, n), total in tokens_in.items():             # two steps per epoch, maybe of one n
             assert n in (total, total / 2)

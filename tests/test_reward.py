@@ -247,7 +247,7 @@ class KnownPolicy:
     def __init__(self, *responses):
         self.responses = responses
 
-    def generate(self, prompts, group_size, max_new_tokens):
+    def generate(self, prompts, group_size, max_new_tokens, uniform):
         sequences, masks = [], []
         for prompt, texts in zip(prompts, self.responses, strict=True):
             assert len(texts) == group_size
@@ -317,10 +317,40 @@ def test_the_pairs_of_one_ranking_are_put_together_again_and_no_others():
     circle = pairs_of("ab", [0, 1]) + pairs_of("bc", [0, 1]) + pairs_of("ca", [0, 1])
     rows = pairs_to_rankings(circle)
     assert [row["responses"] for row in rows] == [["a", "b"], ["b", "c"], ["c", "a"]]
+    # a comparison that is there twice, alike or not, makes each of the file's a row
+    whole = pairs_of("abc", [0, 1, 2], "q")
+    assert len(pairs_to_rankings(whole + two)) == 3
+    for ranks in ([0, 1], [1, 0]):
+        assert len(pairs_to_rankings(whole + two + pairs_of("ab", ranks))) == 6
     with_margins = [pair | {"margin": 1.0} for pair in pairs_of("abc", [0, 1, 2])]
     assert len(pairs_to_rankings(with_margins)) == 3
     two_prompts = pairs_of("ab", [0, 1]) + pairs_of("ab", [0, 1], "q")
     assert len(pairs_to_rankings(two_prompts)) == 2
+
+
+def test_every_annotator_counts_when_several_judge_the_same_pair():
+    """Three annotators prefer the better response with probability .8 each, on 1,000 prompts. Were
+    unanimous comparisons one row and contested ones three, the share would be .699."""
+    rng, pairs = random.Random(0), []
+    for i in range(1000):
+        for _ in range(3):
+            ranks = [0, 1] if rng.random() < .8 else [1, 0]
+            pairs += pairs_of(["good", "bad"], ranks, f"p{i}")
+    rows = pairs_to_rankings(pairs)
+    assert len(rows) == 3000
+    share = sum(row["responses"][0] == "good" for row in rows) / len(rows)
+    assert share == sum(pair["chosen"] == "good" for pair in pairs) / 3000
+    assert abs(share - .8) < .02
+
+
+def test_rankings_of_one_prompt_by_several_annotators_stay_rankings(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"prompt": "p", "responses": ["a", "b", "c"]},
+             {"prompt": "p", "responses": ["c", "a", "b"]},
+             {"prompt": "p", "responses": ["a", "b", "c"]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = pairs_to_rankings(read_preferences(str(path)))
+    assert [row["responses"] for row in rows] == [["a", "b", "c"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -352,7 +382,7 @@ def test_every_metric_of_known_scores_is_the_one_computed_by_hand(monkeypatch):
     var_s = sum((b - mean_s) ** 2 for b in score)
     assert metrics == pytest.approx({
         "acc": 1 / 3,
-        "acc_ci95": 1.96 * (4 / 9 + 1 / 9 + 1 / 9) ** .5 / 3,
+        "acc_ci95": 1.96 * (4 / 9 + 1 / 9 + 1 / 9) ** .5 / 3 * (3 / 2) ** .5,
         "acc_same_style": 0,                               # the tied pair alone
         "acc_vs_rule": 1 / 3,
         "margin": 1 / 3,
@@ -376,7 +406,15 @@ def test_negated_scores_reverse_the_margin_and_pairs_of_a_prompt_count_as_one(mo
     assert metrics["acc"] == .75 and negated["acc"] == .25
     assert metrics["margin"] == -negated["margin"] == .5
     # the interval of 8 prompts, not of 32 pairs
-    assert metrics["acc_ci95"] == pytest.approx(1.96 * (.75 * .25 / 8) ** .5)
+    assert metrics["acc_ci95"] == pytest.approx(1.96 * (.75 * .25 / 7) ** .5)
+    # which are one prompt's also where each is a row
+    apart = tokenize_rankings(pairs + pairs, make_tokenizer(), 64)
+    assert len(apart) == 64
+    scores = [float(row["responses"][0] == "u" and row["prompt"] < "g") for row in apart]
+    scores = torch.tensor([[x, 0.5] for x in scores]).flatten()
+    found = evaluate(apart, scores, monkeypatch)
+    share = found["acc"]
+    assert 0 < share < 1 and found["acc_ci95"] > 1.5 * 1.96 * (share * (1 - share) / 64) ** .5
 
 
 # --------------------------------------------------------------------------- files of preferences

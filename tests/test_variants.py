@@ -54,12 +54,10 @@ def test_losses_are_their_formulas_by_plain_loops():
         tokens += len(columns)
         if a < 0 and s < .8 or a > 0 and s > 1.2:
             cut += len(columns)
-    _, grpo_stats = grpo_loss(logp, old, ref, adv, mask, 0.2, 0.0)
     for loss_function, expected in ((policy_gradient_loss, policy_gradient),
                                     (drgrpo_loss, constant), (gspo_loss, sequence)):
-        loss, stats = loss_function(logp, old, ref, adv, mask, 0.2, 0.5)
+        loss, _ = loss_function(logp, old, ref, adv, mask, 0.2, 0.5)
         assert math.isclose(loss, expected, rel_tol=1e-12), loss_function.__name__
-        assert math.isclose(stats["kl"], grpo_stats["kl"], rel_tol=1e-12)
         in_pieces = 0.0                                        # of one optimiser batch
         for i in torch.arange(8).split(3):
             loss, _ = loss_function(logp[i], old[i], ref[i], adv[i], mask[i], 0.2, 0.5, n=8)

@@ -24,10 +24,12 @@ What the papers leave open or do otherwise:
     5. Advantages are whitened over the response tokens of the rollout, after the returns are taken.
     6. With a sum over tokens, λ = γ = 1 and no whitening, (5) has exactly the gradient of (1). The
        token mean only scales it in a large batch, and favours short responses in a small one.
+    7. λ = 1: at V = 0 a token n steps before the end gets λ^n of the reward. Of .95, which comes
+       from responses of 53 tokens, 2e-7 is left at n = 300, and 5e-4 half way.
 
 Run:     python ppo.py                 -> out/ppo, from out/sft and out/reward (or --reward rule)
 Yours:   python ppo.py --data rows.jsonl --init out/mine --reward out/my_reward    {"prompt"}
-Ablate:  --kl_beta 0     --gae_lambda 1     --value_clip_eps 0     --epochs 4
+Ablate:  --kl_beta 0     --gae_lambda 0.5     --value_clip_eps 0     --epochs 4
 """
 import copy
 import math

@@ -411,7 +411,7 @@ def set_lr(optimizer, step, steps, warmup=0, floor=0.0, linear=False):
     if step <= warmup:
         share = step / warmup
     else:
-        done = (step - 1 - warmup) / (steps - warmup)          # 0 at first, below 1 at the last step
+        done = (step - 1 - warmup) / (steps - warmup)          # 0 at first, below 1 at the end
         left = 1 - done if linear else 0.5 * (1 + math.cos(math.pi * done))
         share = floor + (1 - floor) * left
     for group in optimizer.param_groups:

@@ -56,8 +56,8 @@ def states_number(text):
 
 
 def is_right(score):
-    """Whether a score, or each of a tensor of them, is a full one: 1 or more. Partial credit may sum
-    to 1 but for rounding, as .7 + .2 + .1 does."""
+    """Whether a score, or each of a tensor of them, is full: 1 or more. Partial credit may sum to 1
+    but for rounding, as .7 + .2 + .1 does."""
     return score >= 1 - 1e-6
 
 

@@ -125,7 +125,8 @@ def test_dapo_differs_from_grpo_in_its_own_settings_only():
     own = {"clip_low", "clip_high", "max_generations", "overlong_cache"}
     assert theirs.keys() - ours.keys() == own
     own = {"overlong_cache": dapo.PRETRAINED["overlong_cache"]}
-    assert dapo.PRETRAINED == grpo.PRETRAINED | own
+    shared = {name: x for name, x in grpo.PRETRAINED.items() if name != "max_kl"}
+    assert dapo.PRETRAINED == shared | own
     responses = theirs["prompts"] * theirs["group_size"]
     assert theirs["epochs"] * responses // theirs["minibatch"] > 1
 
@@ -197,7 +198,7 @@ def changed_lines(old, new):
 def test_the_diffs_stay_short():
     """`diff grpo.py dapo.py` is the paper's changes, `diff ppo.py grpo.py` the critic."""
     lines = {name: source(f"{name}.py").splitlines() for name in ("ppo", "grpo", "dapo")}
-    assert changed_lines(lines["grpo"], lines["dapo"]) <= 170
+    assert changed_lines(lines["grpo"], lines["dapo"]) <= 172
     assert changed_lines(lines["ppo"], lines["grpo"]) <= 255
 
 

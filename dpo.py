@@ -106,7 +106,8 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
     right, wrong = F.logsigmoid(margin), F.logsigmoid(-margin)
     per_pair = -(1 - label_smoothing) * right - label_smoothing * wrong
     loss = per_pair.sum() / (len(margin) if n is None else n)
-    in_order = (logp_w - ref_w > logp_l - ref_l).float()      # equal ones, as at the start, are not
+    h = (logp_w - ref_w) - (logp_l - ref_l)
+    in_order = (h > 1e-3).float()                               # less is rounding, as at the start
     stats = {"reward_w": reward_w, "reward_l": reward_l, "margin": margin, "pair_acc": in_order,
              "logp_w": logp_w, "logp_l": logp_l}
     return loss, {name: x.detach().mean() for name, x in stats.items()}
@@ -157,7 +158,8 @@ def evaluate_pairs(policy, pairs, cfg):
     ref = torch.tensor([row["ref"] for row in pairs])           # (P, 2)
     loss, stats = dpo_loss(logp[:, 0], logp[:, 1], ref[:, 0], ref[:, 1], cfg.beta,
                            cfg.label_smoothing)
-    in_order = (logp - ref)[:, 0] > (logp - ref)[:, 1]
+    h = (logp - ref)[:, 0] - (logp - ref)[:, 1]                 # (P,)
+    in_order = h > 1e-3                                         # as in dpo_loss
     number = {row["prompt"]: i for i, row in enumerate(pairs)}
     group = torch.tensor([number[row["prompt"]] for row in pairs])
     stats |= {"pair_acc_ci95": half_interval(in_order.float(), group), "pair_loss": loss}

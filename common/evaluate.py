@@ -105,8 +105,8 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     (in tokens, end token included) at temperature 1. Where `score` gives None for a row, there are
     no accuracies. score: the reward model's mean, with truncated_reward for a truncated response;
     kl_seq: mean of log π/π_ref summed over a response, in nats; both of the first sample per
-    prompt. Sampling uses random numbers of its own, by --seed: evaluation does not change a training
-    run, and repeats itself.
+    prompt. Sampling uses random numbers of its own, by --seed: evaluation changes nothing in a
+    training run, and repeats itself.
     """
     if not rows:
         return {}, []

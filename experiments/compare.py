@@ -29,7 +29,6 @@ from common.data import running_sums, split_rows  # noqa: E402
 from common.evaluate import evaluate, repeated_uniform  # noqa: E402
 from common.preferences import read_preferences, tokenize_rankings  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
-from common.train import EVAL_BATCH_TOKENS  # noqa: E402
 from common.verifier import is_right  # noqa: E402
 from grpo import score  # noqa: E402
 
@@ -215,25 +214,16 @@ def one_if_right(row, text):
     return float(text is not None and is_right(score(row, text)))
 
 
-def length_of_wrong_responses(model, tokenizer, rows, seed, samples=8):
-    """Mean tokens of the wrong responses among the first samples per prompt: the samples of
-    `evaluate`, drawn again."""
+def length_of_wrong_responses(model, tokenizer, rows, seed):
+    """Mean tokens of the wrong ones among the first of eight responses to each prompt, which
+    `evaluate` drew too."""
     max_new_tokens = grpo.Config.max_new_tokens
-    uniform = repeated_uniform(len(rows) * samples, max_new_tokens, seed)
-    longest = max(len(row["ids"]) for row in rows) + max_new_tokens
-    size = EVAL_BATCH_TOKENS // (samples * longest)
-    n_tokens = n_wrong = 0.0
-    for i in range(0, len(rows), size):
-        chunk = rows[i:i + size]
-        prompts = [row["ids"] for row in chunk]
-        tokens, mask, _ = model.generate(
-            prompts, samples, max_new_tokens, uniform=uniform[i * samples:(i + size) * samples])
-        tokens, mask = tokens[::samples], mask[::samples]
-        texts = decode_responses(tokenizer, tokens, mask, model.cfg.stop_token_ids)
-        wrong = torch.tensor([1 - one_if_right(row, text) for row, text in zip(chunk, texts)])
-        n_tokens += (wrong * mask.sum(1)).sum().item()
-        n_wrong += wrong.sum().item()
-    return n_tokens / max(n_wrong, 1e-9)
+    uniform = repeated_uniform(8 * len(rows), max_new_tokens, seed)[::8]
+    prompts = [row["ids"] for row in rows]
+    tokens, mask, _ = model.generate(prompts, 1, max_new_tokens, uniform=uniform)
+    texts = decode_responses(tokenizer, tokens, mask, model.cfg.stop_token_ids)
+    wrong = torch.tensor([1 - one_if_right(row, text) for row, text in zip(rows, texts)])
+    return ((wrong * mask.sum(1)).sum() / wrong.sum().clamp(min=1)).item()
 
 
 def measure_working(model, tokenizer, rows, seed, samples=4):

@@ -1,6 +1,7 @@
 """experiments/variants.py against definitions.   python -m pytest tests/test_variants.py"""
 import inspect
 import math
+import sys
 
 import pytest
 import torch
@@ -110,6 +111,19 @@ def test_every_variant_has_the_arguments_of_what_it_replaces_and_can_still_call_
             for name in replaced:
                 getattr(script, name)(*arguments[name])
     assert variants.LONGEST == grpo.Config.max_new_tokens
+
+
+def test_dr_grpo_divides_by_the_longest_response_that_its_run_allows(monkeypatch):
+    """24 in the place of 512 would make its gradient 21 times as large."""
+    divided_by = []
+    for name in ("__doc__", "group_advantage", "grpo_loss"):       # which `run` replaces
+        monkeypatch.setattr(grpo, name, getattr(grpo, name))
+    monkeypatch.setattr(grpo, "train", lambda cfg: divided_by.append(variants.LONGEST))
+    monkeypatch.setattr(variants, "LONGEST", variants.LONGEST)
+    monkeypatch.setattr(sys, "argv", ["variants.py"])
+    variants.run("drgrpo", ["--max_new_tokens", "512"])
+    variants.run("constant", [])
+    assert divided_by == [512, 24]
 
 
 @pytest.mark.parametrize("advantage, scale", [

@@ -282,7 +282,7 @@ def train(cfg):
     centring_responses = load_centring_responses(cfg, tokenizer, block_size, train_rows)
     K = max(len(row["responses"]) for row in train_rows)
     batch_size = min(cfg.batch, len(train_rows))
-    steps = math.ceil(len(train_rows) / batch_size)             # one epoch
+    steps = math.ceil(len(train_rows) / batch_size)             # an epoch; the last batch is filled
     model = ScalarModel(policy, std=(policy.cfg.n_embd + 1) ** -0.5).to(device)
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)

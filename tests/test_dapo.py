@@ -205,14 +205,14 @@ def sgd(model, lr):
     return Optimizers(torch.optim.SGD(model.parameters(), lr=2.0))
 
 
-def train(folder, out, monkeypatch, module=dapo, **flags):
+def train(folder, out, monkeypatch, module=dapo, score=rule, **flags):
     """Run a script in this process -> its metrics, but those of the clock, one row per step."""
     init = folder / "init"
     if not init.exists():                                      # of a model whose responses end soon
         init.mkdir()
         model = tiny(vocab_size=257, stop_token_ids=tuple(range(200)), dtype=torch.float32)
         save_checkpoint(init, model, make_tokenizer())
-    monkeypatch.setattr(module, "score", rule)
+    monkeypatch.setattr(module, "score", score)
     monkeypatch.setattr(module.Run, "plot", lambda *names: None)
     defaults = dict(init=str(init), data=str(folder / "rows.jsonl"), out=str(folder / out),
                     prompts=6, group_size=4, minibatch=12, steps=4, max_new_tokens=12, lr=1e-2,
@@ -317,6 +317,22 @@ def test_sampling_stops_at_the_bound_and_a_batch_that_is_not_full_is_smaller(
             assert denominators.pop(0) == mask.sum()
         smaller += len(tokens) < 24
     assert smaller > 0
+
+
+def test_partial_credit_is_not_right_and_hides_no_group(tmp_path, monkeypatch):
+    """.1 for a wrong response in place of 0: the first rollout has the same responses, the same
+    accuracy and the same informative groups."""
+    def partial_credit(row, response):
+        return 0.1 + 0.9 * rule(row, response)
+
+    write_rows(tmp_path, "ehm")
+    flags = dict(steps=1, overlong_cache=0)
+    plain, = train(tmp_path, "plain", monkeypatch, **flags)
+    partial, = train(tmp_path, "partial", monkeypatch, score=partial_credit, **flags)
+    assert partial["tokens"] == plain["tokens"] and 0 < plain["accuracy"] < 1
+    for name in ("accuracy", "pass_at_g", "frac_zero_std", "generations"):
+        assert partial[name] == plain[name], name
+    assert partial["reward"] > plain["reward"] + .01 and partial["grad_norm"] > 0
 
 
 def test_without_its_four_changes_it_trains_as_token_mean_grpo_without_a_kl_penalty(

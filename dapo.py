@@ -42,10 +42,11 @@ import torch
 from common.data import load_prompts
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.models import load_policy, load_reward_model, setup
+from common.optimizers import make_optimizer, set_lr
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, compute_logp, compute_reward, estimate_memory,
-                          make_optimizer, measure_reward, micro_batches, select_groups, set_lr)
+from common.train import (batches, compute_logp, compute_reward, estimate_memory, measure_reward,
+                          micro_batches, select_groups)
 from common.verifier import answer_number
 from model import autocast
 

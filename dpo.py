@@ -44,10 +44,10 @@ import torch.nn.functional as F
 from common.data import running_sums, tokenize_prompts
 from common.evaluate import MetricMean, evaluate, half_interval
 from common.models import ensure_checkpoint, load_policy, setup
+from common.optimizers import make_optimizer, set_lr
 from common.preferences import load_pairs
 from common.run import Run, main, prefixed
-from common.train import (batches, compute_logp, estimate_memory, make_optimizer, micro_batches,
-                          pad_pairs, set_lr)
+from common.train import batches, compute_logp, estimate_memory, micro_batches, pad_pairs
 from common.verifier import answer_number
 from model import autocast
 

@@ -41,11 +41,11 @@ import torch
 from common.data import load_prompts
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, explained_variance, rollout_stats
 from common.models import load_policy, load_reward_model, make_critic, setup
+from common.optimizers import Optimizers, make_optimizer, set_lr
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (Optimizers, batches, compute_logp, compute_reward, compute_values,
-                          estimate_memory, freeze, make_optimizer, measure_reward,
-                          micro_batches, set_lr)
+from common.train import (batches, compute_logp, compute_reward, compute_values, estimate_memory,
+                          freeze, measure_reward, micro_batches)
 from common.verifier import answer_number
 from model import autocast
 

@@ -46,12 +46,13 @@ from common import InputError
 from common.data import load_prompts, read_rows, split_rows
 from common.evaluate import MetricMean, calibrate, half_interval
 from common.models import load_policy, setup
+from common.optimizers import make_optimizer, set_lr
 from common.preferences import (better_worse, load_centring_responses, read_preferences,
                                 tokenize_rankings)
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (EVAL_BATCH_TOKENS, batches, compute_values, estimate_memory,
-                          make_optimizer, micro_batches, pad_batch, pad_rankings, set_lr)
+                          micro_batches, pad_batch, pad_rankings)
 from common.verifier import answer_number, checked_score
 from model import ScalarModel, autocast
 

@@ -39,9 +39,9 @@ import torch
 from common.data import filter_rows, load_demonstrations, running_sums
 from common.evaluate import MetricMean, evaluate
 from common.models import load_or_create_model, setup
+from common.optimizers import make_optimizer, set_lr
 from common.run import Run, main, prefixed
-from common.train import (batches, compute_logp, estimate_memory, make_optimizer, micro_batches,
-                          pad_batch, set_lr)
+from common.train import batches, compute_logp, estimate_memory, micro_batches, pad_batch
 from common.verifier import answer_number
 from model import autocast
 

@@ -33,9 +33,10 @@ import model as M  # noqa: E402
 from common.evaluate import MetricMean  # noqa: E402
 from common.export import write_folder  # noqa: E402
 from common.models import setup  # noqa: E402
+from common.optimizers import make_optimizer  # noqa: E402
 from common.tokenizer import make_tokenizer  # noqa: E402
-from common.train import (compute_logp, configure_blocks, freeze, make_optimizer,  # noqa: E402
-                          micro_batches, pad_batch)
+from common.train import (compute_logp, configure_blocks, freeze, micro_batches,  # noqa: E402
+                          pad_batch)
 from dpo import dpo_loss  # noqa: E402
 from grpo import Config, group_advantage, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig, autocast, linear_logp  # noqa: E402

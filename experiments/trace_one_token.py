@@ -12,8 +12,9 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common import InputError, load  # noqa: E402
+from common.optimizers import make_optimizer, set_lr  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
-from common.train import freeze, make_optimizer, set_lr  # noqa: E402
+from common.train import freeze  # noqa: E402
 from grpo import Config, group_advantage, grpo_loss, score  # noqa: E402
 
 ROW = {"prompt": "7+5+2+4+6+3=", "two_digits": "27"}

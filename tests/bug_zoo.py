@@ -653,7 +653,7 @@ BUGS = [Bug(*entry) for entry in [
      "repeated = False",
      "test_reward.py::test_every_annotator_counts_when_several_judge_the_same_pair"),
 
-    ("last_step_learns_nothing", "common/train.py",
+    ("last_step_learns_nothing", "common/optimizers.py",
      "The schedule's last rate is exactly 0: a batch is read and nothing learned.",
      "a slip; transformers' warm-ups have such a step at the start",
      "done = (step - 1 - warmup) / (steps - warmup)",

@@ -8,7 +8,8 @@ import torch
 import model as M
 from common.evaluate import repeated_uniform
 from common.models import setup
-from common.train import compute_logp, configure_blocks, make_optimizer, micro_batches
+from common.optimizers import make_optimizer
+from common.train import compute_logp, configure_blocks, micro_batches
 from conftest import bf16_devices
 from grpo import Config, grpo_loss
 from model import GPT, GPTConfig

@@ -14,8 +14,9 @@ import sft
 from common import load
 from common.checkpoint import save_checkpoint
 from common.data import running_sums
+from common.optimizers import Optimizers
 from common.tokenizer import decode_responses, make_tokenizer
-from common.train import Optimizers, micro_batches, select_groups
+from common.train import micro_batches, select_groups
 from conftest import PROMPTS, gradients, metrics, tiny
 from dapo import dapo_loss, informative, soft_overlong
 from grpo import grpo_loss

@@ -15,9 +15,10 @@ import sft
 import variants
 from common import InputError, load
 from common.checkpoint import read_checkpoint, save_checkpoint
+from common.optimizers import Optimizers
 from common.preferences import load_pairs
 from common.tokenizer import encode_response, make_tokenizer
-from common.train import Optimizers, micro_batches, pad_pairs
+from common.train import micro_batches, pad_pairs
 from conftest import gradients, naive_logp, tiny
 from dpo import dpo_loss, response_logp
 from model import GPT

@@ -13,8 +13,8 @@ import dpo
 import grpo
 import model as M
 import ppo
-from common.train import (Optimizers, default_micro_batch_tokens, estimate_memory, freeze,
-                          make_optimizer)
+from common.optimizers import Optimizers, make_optimizer
+from common.train import default_micro_batch_tokens, estimate_memory, freeze
 from conftest import FAMILIES, PROMPTS, bf16_devices, gradients, tiny
 from model import GPT, GPTConfig, ScalarModel
 

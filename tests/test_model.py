@@ -21,10 +21,10 @@ from common.data import split_rows
 from common.evaluate import distinct_ngrams, evaluate, repeated_uniform
 from common.export import byte_letters, tokenizer_json, write_folder
 from common.hf import SIZE_FIELDS
+from common.optimizers import Muon, make_optimizer, orthogonalize, set_lr
 from common.tokenizer import (FolderTokenizer, TiktokenTokenizer, encode_chat, encode_prompt,
                               encode_response, make_tokenizer)
-from common.train import (Muon, batches, configure_blocks, make_optimizer, micro_batches,
-                          orthogonalize, set_lr)
+from common.train import batches, configure_blocks, micro_batches
 from conftest import PROMPTS, bf16_devices, naive_logp, tiny
 from model import GPTConfig, ScalarModel, linear_logp
 

@@ -13,10 +13,11 @@ import reward
 from common import load
 from common.checkpoint import save_checkpoint
 from common.data import read_rows
+from common.optimizers import Optimizers
 from common.preferences import better_worse, pairs_to_rankings, read_preferences, tokenize_rankings
 from common.run import hash_rows
 from common.tokenizer import encode_prompt, make_tokenizer
-from common.train import Optimizers, compute_values, micro_batches, pad_batch
+from common.train import compute_values, micro_batches, pad_batch
 from conftest import PROMPTS, tiny
 from model import GPTConfig, ScalarModel
 from reward import bradley_terry_loss, ranking_loss

@@ -9,8 +9,9 @@ import sft
 from common import InputError, load
 from common.checkpoint import save_checkpoint
 from common.data import load_demonstrations, running_sums, split_of, tokenize_demonstration
+from common.optimizers import Optimizers
 from common.tokenizer import make_tokenizer
-from common.train import Optimizers, micro_batches, pad_batch
+from common.train import micro_batches, pad_batch
 from conftest import gradients, naive_logp, tiny
 
 DEVICE = torch.device("cpu")

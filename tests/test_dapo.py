@@ -237,8 +237,8 @@ def selected(monkeypatch):
 
 def test_dynamic_sampling_fills_the_batch_with_informative_groups_of_the_current_policy(
         tmp_path, monkeypatch, selected):
-    """Groups are filtered by their scores before the length penalty: those that are all right or all
-    wrong have responses of unlike lengths, so that many of their shaped rewards differ."""
+    """Groups are filtered by their scores before the length penalty: those all right or all wrong
+    have responses of unlike lengths, so that many of their shaped rewards differ."""
     write_rows(tmp_path, "ehm")
     logged = train(tmp_path, "out", monkeypatch, overlong_cache=11, max_generations=50)
     tokenizer = make_tokenizer()

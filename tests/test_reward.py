@@ -414,8 +414,10 @@ def test_negated_scores_reverse_the_margin_and_pairs_of_a_prompt_count_as_one(mo
     scores = [float(row["responses"][0] == "u" and row["prompt"] < "g") for row in apart]
     scores = torch.tensor([[x, 0.5] for x in scores]).flatten()
     found = evaluate(apart, scores, monkeypatch)
-    share = found["acc"]
-    assert 0 < share < 1 and found["acc_ci95"] > 1.5 * 1.96 * (share * (1 - share) / 64) ** .5
+    # six prompts have 4 of 8 in order, two have none: 1 more than the mean of 3, and 3 less
+    assert found["acc"] == 24 / 64
+    error = (6 * 1 ** 2 + 2 * 3 ** 2) ** .5 / 64
+    assert found["acc_ci95"] == pytest.approx(1.96 * error * (8 / 7) ** .5)
 
 
 # --------------------------------------------------------------------------- files of preferences

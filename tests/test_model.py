@@ -641,8 +641,8 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_muon_is_torchs_but_for_its_precision():
-    """Five steps on matrices of both shapes; torch rounds its iterations to bf16. Singular values of
-    an update are near 1."""
+    """Five steps on matrices of both shapes; torch iterates in bf16. An update's singular values
+    are near 1."""
     torch.manual_seed(0)
     start = [torch.randn(12, 40), torch.randn(40, 12)]
     ours = [torch.nn.Parameter(p.clone()) for p in start]

@@ -98,6 +98,7 @@ def differences(one, other, but=()):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_size_of_a_micro_batch_changes_nothing(case, numbers):
     """40 tokens are a few responses, one or two pairs, or one ranking."""
@@ -144,6 +145,7 @@ def sampling_by_prompt(monkeypatch):
     monkeypatch.setattr(GPT, "generate", generate_by_prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ROLLOUTS)
 def test_minibatches_and_epochs_change_nothing_at_rest(case, numbers, sampling_by_prompt):
     """Except the norm of a minibatch's gradient, while nothing learns."""

@@ -180,7 +180,7 @@ def train(cfg):
         return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, None,
                         run.state["truncated_reward"])
 
-    if run.is_new:                                              # fixes truncated_reward
+    if run.is_new:                                              # measured once, kept when resumed
         run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))

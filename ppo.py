@@ -24,8 +24,8 @@ What the papers leave open or do otherwise:
     5. Advantages are whitened over the response tokens of the rollout, after the returns are taken.
     6. With a sum over tokens, λ = γ = 1 and no whitening, (5) has exactly the gradient of (1). The
        token mean only scales it in a large batch, and favours short responses in a small one.
-    7. λ = 1: at V = 0 a token n steps before the end gets λ^n of the reward. Of .95, which comes
-       from responses of 53 tokens, 2e-7 is left at n = 300, and 5e-4 half way.
+    7. λ = 1: at V = 0 a token n steps before the end gets λ^n of the reward. The usual .95 comes
+       from responses of 53 tokens; it leaves 5e-4 of the reward at n = 150 and 2e-7 at n = 300.
 
 Run:     python ppo.py                 -> out/ppo, from out/sft and out/reward (or --reward rule)
 Yours:   python ppo.py --data rows.jsonl --init out/mine --reward out/my_reward    {"prompt"}
@@ -216,7 +216,7 @@ def train(cfg):
         return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference,
                         run.state["truncated_reward"])
 
-    if run.is_new:                                              # fixes reward_std, truncated_reward
+    if run.is_new:                                              # measured once, kept when resumed
         run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
         with torch.no_grad():                                   # rescale head to normalised rewards
             for param in critic.head.parameters():

@@ -65,7 +65,7 @@ def explained_variance(value, ret, mask):
 
 def half_interval(x, group):
     """Half of the 95% interval of mean(x), x (N,), where the values of one group are not
-    independent; group (N,), a number from 0 for each. Too narrow below some twenty groups."""
+    independent; group (N,), the number of its group. Too narrow below some twenty groups."""
     groups = len(group.unique())
     error = torch.zeros(int(group.max()) + 1).index_add(0, group, x - x.mean())  # each group's part
     return 1.96 * error.norm() / len(x) * math.sqrt(groups / max(1, groups - 1))

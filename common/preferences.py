@@ -129,10 +129,10 @@ def load_pairs(path, test_path, tokenizer, block_size):
 def pairs_to_rankings(pairs):
     """Pairs -> rows with "responses", best first, and their "ranks".
 
-    The pairs of a row with "responses" are a ranking again. The pairs of a prompt are one where
-    they are all that it implies; else each is a row. With margins, or if the file has a comparison
-    more than once (several annotators, alike or not), every pair is a row: one row for those who
-    agree, beside one row each for those who do not, would weigh them less."""
+    The pairs of a row with "responses" become its ranking again. Other pairs are grouped by prompt:
+    if they are exactly the pairs that one ranking implies, they become that ranking, else each pair
+    is a row. Each pair is also a row if there are margins, or if two responses are compared more
+    than once: annotators who agree would count once, those who disagree several times."""
     groups, counts = {}, Counter()
     for pair in pairs:
         groups.setdefault((pair["prompt"], pair.get("_ranking")), []).append(pair)

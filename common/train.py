@@ -163,12 +163,13 @@ def score_responses(reward_model, tokens, mask, micro_batch_tokens=0):
 
 
 def compute_reward(cfg, reward_model, score, rows, tokens, mask, responses, truncated_reward):
-    """Of every response (B,), on the CPU, as mask (B, T) is: its reward, its reward without
-    --format_reward, and whether it is right, 0 or 1; None in place of the last where a row does not
-    say what is right. rows: of the prompts.
+    """reward, raw and correct of every response, (B,) each, on the CPU, as mask (B, T) is. rows: of
+    the prompts.
 
-    The reward is the reward model's score, or that of the function `score` where reward_model is
-    None; of a truncated response it is truncated_reward. Right is a full score (is_right)."""
+    raw: the reward model's score, or that of the function `score` where reward_model is None;
+    truncated_reward for a truncated response. reward: raw plus --format_reward, which a reward
+    model's score never gets. correct: 1 if the response ended with a full score (is_right) by
+    `score`, else 0; None if a row does not say what is right."""
     group_size = len(responses) // len(rows)
     rows = [row for row in rows for _ in range(group_size)]                 # one per response
     ended = torch.tensor([text is not None for text in responses])

@@ -210,7 +210,7 @@ def train(cfg):
             for minibatch in torch.randperm(B).split(cfg.minibatch):
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
-                    with autocast(device):                      # bf16 forward on CUDA
+                    with autocast(policy):                      # in bf16 where uses_bf16
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
                     old = logp.detach() if on_policy else old_logp[rows, :width]

@@ -345,13 +345,22 @@ def linear_logp(hidden, weight, targets, temperature=1.0):
 
 # --------------------------------------------------------------------------------------------- GPT
 
-BF16_DEVICES = {"cuda"}           # devices whose forward runs in bf16; others compute in float32
+# The forward is in bf16 on these devices, for models of at least so many channels. A CPU that
+# multiplies bf16 in hardware gains from 256 channels on (python experiments/bench.py bf16).
+BF16_MIN_WIDTH = {"cuda": 1}
+if hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("avx512_bf16"):
+    BF16_MIN_WIDTH["cpu"] = 256
 
 
-def autocast(device):
-    """bf16 matrix products over float32 weights, on devices in BF16_DEVICES. Within one `with`
+def uses_bf16(model):
+    """Whether the forward of a GPT or ScalarModel is in bf16."""
+    return model.cfg.n_embd >= BF16_MIN_WIDTH.get(model.device.type, math.inf)
+
+
+def autocast(model):
+    """bf16 matrix products over float32 weights, where uses_bf16(model). Within one `with`
     statement each weight is cast once."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16_DEVICES)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=uses_bf16(model))
 
 
 class GPT(nn.Module):
@@ -459,8 +468,7 @@ class GPT(nn.Module):
         uniform = uniform.to(dtype).to(device)
         # Autocast casts each weight once per `with` statement, but at every token in inference
         # mode; without autocast inference mode is faster.
-        bf16 = device.type in BF16_DEVICES
-        with autocast(device) if bf16 else torch.inference_mode():
+        with autocast(self) if uses_bf16(self) else torch.inference_mode():
             cache = KVCache(self.cfg.n_layer)
             prompt_tokens, hidden = prefill(self, prompts, length, cache, pad)  # (B, P), (B, C)
             cache.expand_prompts(length, group_size)
@@ -605,10 +613,15 @@ class ScalarModel(nn.Module):
     def __init__(self, trunk, std=0.0):
         """std of the head's initial weights: 1 / sqrt(C + 1) for a reward model, 0 for a critic."""
         super().__init__()
+        self.cfg = trunk.cfg
         self.trunk = trunk
         self.head = nn.Linear(trunk.cfg.n_embd, 1)
         nn.init.normal_(self.head.weight, std=std)
         nn.init.zeros_(self.head.bias)
+
+    @property
+    def device(self):
+        return self.trunk.device
 
     def forward(self, tokens):
         """(B, T) -> (B, T): the number after reading tokens[b, :t + 1]. The head is never bf16."""

@@ -260,13 +260,13 @@ def train(cfg):
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     chosen, old = mask[rows, :width], old_logp[rows, :width]
-                    with autocast(device):                      # bf16 forward on CUDA
+                    with autocast(policy):                      # in bf16 where uses_bf16
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
                     loss, loss_stats = ppo_loss(
                         logp, old, adv[rows, :width], chosen, cfg.clip_eps, n)
                     loss.backward()
-                    with autocast(device):
+                    with autocast(critic):
                         value = critic.value(tokens[rows, :width])   # after backward: less memory
                     loss, value_stats = value_loss(
                         value, old_value[rows, :width], ret[rows, :width], chosen,

@@ -203,7 +203,7 @@ def train(cfg):
         optimizer.zero_grad()
         every_row = torch.arange(cfg.batch)
         for rows, width, index in micro_batches(mask, every_row, cfg.micro_batch_tokens, device):
-            with autocast(device):                              # bf16 forward on CUDA
+            with autocast(model):                               # in bf16 where uses_bf16
                 logp, entropy = model.token_logp(tokens_dev[rows, :width], index=index)
             loss, loss_stats = sft_loss(logp, mask_dev[rows, :width], n)
             loss.backward()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
-from model import BF16_DEVICES, LinearLogp, autocast
+from model import LinearLogp, autocast, uses_bf16
 
 EVAL_BATCH_TOKENS = 2 ** 17       # tokens that evaluation keeps in the KV cache at a time
 MIN_REWARD_STD = 0.1              # PPO divides rewards by their standard deviation, or by this
@@ -129,7 +129,7 @@ def compute_logp(model, tokens, mask, temperature=1.0, micro_batch_tokens=0):
     logp = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
     every_row = torch.arange(len(tokens))
     for rows, width, index in micro_batches(mask, every_row, micro_batch_tokens, tokens.device):
-        with autocast(tokens.device):
+        with autocast(model):
             logp[rows, :width], _ = model.token_logp(tokens[rows, :width], None, temperature, index)
     return logp
 
@@ -143,7 +143,7 @@ def compute_values(model, tokens, mask, micro_batch_tokens=0):
     mask_dev = mask.to(tokens.device)
     every_row = torch.arange(len(tokens))
     for rows, width, _ in micro_batches(mask, every_row, micro_batch_tokens, tokens.device):
-        with autocast(tokens.device):
+        with autocast(model):
             piece = model.value_and_score(tokens[rows, :width], mask_dev[rows, :width])
         value[rows, :width], score[rows] = piece
     return value, score
@@ -232,8 +232,9 @@ def freeze(model, bf16=True):
     are stored in bf16: half of the memory, the same products. Embeddings, which are looked up in
     float32, norms, biases and the scalar head stay float32."""
     trunk = getattr(model, "trunk", model)
+    bf16 = bf16 and uses_bf16(model)
     for module in trunk.modules():
-        if bf16 and isinstance(module, nn.Linear) and module.weight.device.type in BF16_DEVICES:
+        if bf16 and isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.bfloat16()
     return model.requires_grad_(False)
 
@@ -260,22 +261,19 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
     or only the block's input where it is recomputed. Generation and update never overlap, so
     their peaks do not add up.
     """
-    def trunk(model):
-        return getattr(model, "trunk", model)
-
     def size(model):
         return sum(p.numel() * p.element_size() for p in model.parameters())
 
-    bf16 = device.type in BF16_DEVICES
+    bf16 = uses_bf16(trained[0])
     e = 2 if bf16 else 4                               # bytes per activation
-    cfg = trunk(trained[0]).cfg
+    cfg = trained[0].cfg
     budget = micro_batch_tokens or default_micro_batch_tokens(device)
     C, D, H, K, M = cfg.n_embd, cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.intermediate_size
     norms = 2 * C * (8 if cfg.norm == "rms" else 4)    # RMSNorm also keeps its normalised input
     heads = (3 if cfg.positions == "rope" else 2) * (H + K) * D             # q, k, v and the result
     hidden = (4 if cfg.mlp == "swiglu" else 2) * M
     block = norms + e * (2 * C + heads + hidden) + (H + K) * D * cfg.qk_norm * (12 - 2 * e)
-    if trunk(trained[0]).gradient_checkpointing:
+    if getattr(trained[0], "trunk", trained[0]).gradient_checkpointing:
         kept = cfg.n_layer * 4 * C + block
     else:
         kept = cfg.n_layer * block

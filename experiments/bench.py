@@ -818,7 +818,7 @@ def bench_gpu_update(name, model, lengths, product_rate):
     def update():
         optimizer.zero_grad()
         for rows, width, index in micro_batches(mask, torch.arange(32), 0, device):
-            with autocast(device):
+            with autocast(model):
                 logp, _ = model.token_logp(tokens[rows, :width], index=index)
             loss, _ = grpo_loss(logp, logp.detach(), ref_logp[rows, :width], adv[rows],
                                 mask_dev[rows, :width], 0.2, 0.0, 32)

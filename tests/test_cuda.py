@@ -56,7 +56,7 @@ def test_a_replayed_graph_samples_what_eager_steps_sample(model, bf16, temperatu
 
 def test_in_bf16_the_sampler_and_the_scorer_agree_to_its_rounding(model):
     tokens, mask, sampled = generate(model)
-    with M.autocast(tokens.device):
+    with M.autocast(model):
         scored, _ = model.token_logp(tokens, mask)
     gap = (sampled - scored).abs()[mask > 0]
     assert 0 < gap.mean() < 0.02 and gap.max() < 0.3
@@ -98,7 +98,7 @@ def test_an_optimiser_step_waits_at_most_once(model):
     def step():
         optimizer.zero_grad()
         for rows, width, index in micro_batches(mask_cpu, every_row, 2000, tokens.device):
-            with M.autocast(tokens.device):
+            with M.autocast(model):
                 logp, _ = model.token_logp(tokens[rows, :width], index=index)
             old = old_logp[rows, :width]
             loss, _ = grpo_loss(logp, old, old, adv[rows], mask[rows, :width], 0.2, 0.02,

@@ -35,7 +35,7 @@ def kept_for_backward(model, tokens):
         kept[x.untyped_storage().data_ptr()] = x       # held, or another tensor gets its address
         return x
 
-    with M.autocast(tokens.device), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with M.autocast(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(tokens)
     for address in weights & kept.keys():
         del kept[address]
@@ -57,7 +57,7 @@ def test_the_estimate_counts_what_is_allocated(family, bf16, monkeypatch, capsys
                            rollout_tokens=rollout_tokens)
     assert capsys.readouterr().out.count("\n") == 1
 
-    with M.autocast(CPU):
+    with M.autocast(model):
         logp, _ = model.token_logp(tokens)
     logp.sum().backward()
     optimizer.step()
@@ -122,7 +122,7 @@ def test_frozen_matrices_in_bf16_give_the_products_that_autocast_gives(family, m
 
     @torch.no_grad()
     def logp(model):
-        with M.autocast(CPU):
+        with M.autocast(model):
             return model.token_logp(tokens)[0]
 
     exact = logp(model)
@@ -142,7 +142,7 @@ def test_frozen_matrices_in_bf16_give_the_products_that_autocast_gives(family, m
     moving = freeze(copy.deepcopy(model), bf16=False)
     assert all(p.dtype == torch.float32 for p in moving.parameters())
     reward_model = freeze(ScalarModel(copy.deepcopy(model), std=1.0))
-    with M.autocast(CPU):
+    with M.autocast(reward_model):
         value, score = reward_model.value_and_score(tokens, torch.ones(3, 20))
     assert reward_model.head.weight.dtype == value.dtype == score.dtype == torch.float32
 

@@ -516,7 +516,7 @@ def test_bf16_products_keep_float32_master_weights(monkeypatch, family):
     bf16_devices(monkeypatch, {"cpu"})
     model = tiny(family, torch.float32)
     tokens, mask, logp = model.generate(PROMPTS, 4, 12)
-    with M.autocast(CPU):
+    with M.autocast(model):
         scored, entropy = model.token_logp(tokens, mask)
     assert scored.dtype == entropy.dtype == logp.dtype == torch.float32
     error = (logp - scored).abs()

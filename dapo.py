@@ -87,15 +87,16 @@ class Config:
     grad_clip: float = 1.0        # largest gradient norm
     # evaluation
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
+    eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
 # defaults where --init is a Hugging Face folder, or a checkpoint that began as one
 PRETRAINED = dict(
-    max_new_tokens=512, format_reward=0.1, steps=200, lr=1e-6, warmup=10, eval_every=20,
+    max_new_tokens=512, steps=200, lr=1e-6, warmup=10, eval_every=20,
     overlong_cache=128, gradient_checkpointing=True)
-COLUMNS = ("reward accuracy frac_zero_std length eos_rate entropy clip_high grad_norm tok_s "
-           "generations val_greedy val_accuracy")
+COLUMNS = ("reward accuracy frac_zero_std length eos_rate entropy grad_norm generations "
+           "val_greedy val_accuracy")
 
 
 # ------------------------------------------------------------------------------------ the algorithm
@@ -166,7 +167,8 @@ def score(row, response):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule")
+    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule",
+                          cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
     optimizer = make_optimizer(policy, cfg.lr)
@@ -219,7 +221,9 @@ def train(cfg):
         run.state["prompts_used"] += len(keep)
 
         # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group_size).to(device)  # (B,)
+        adv = group_advantage(reward, cfg.group_size)           # (B,)
+        has_gradient = adv != 0                                 # (B,)
+        adv = adv.to(device)
         rollout_end = time.perf_counter()
 
         # 4. update: clipped epochs over the same rollout
@@ -229,7 +233,8 @@ def train(cfg):
             for minibatch in torch.randperm(B).tensor_split(n_steps):
                 n = int(mask_cpu[minibatch].sum())              # response tokens in this step
                 optimizer.zero_grad()
-                for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
+                kept = minibatch[has_gradient[minibatch]]
+                for rows, width, index in micro_batches(mask_cpu, kept, micro_tokens, device):
                     with autocast(policy):                      # in bf16 where uses_bf16
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.data import running_sums, tokenize_prompts
+from common.data import running_sums, spread, tokenize_prompts
 from common.evaluate import MetricMean, evaluate, half_interval
 from common.models import ensure_checkpoint, load_policy, setup
 from common.optimizers import make_optimizer, set_lr
@@ -81,6 +81,7 @@ class Config:
     # evaluation
     max_new_tokens: int = 24      # longest response in the evaluation
     eval_every: int = 20          # steps between evaluations, and between checkpoints
+    eval_prompts: int = 0         # held-out prompts that get responses, at most; 0: all
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -132,7 +133,8 @@ def held_out_prompts(pairs, split, cfg, tokenizer, block_size):
         rows = running_sums(500 if split == "val" else 1_000, split)
     else:
         rows = {row["prompt"]: row for row in pairs}.values()
-    return tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size, need=False)
+    rows = tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size, need=False)
+    return spread(rows, cfg.eval_prompts)
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -79,16 +79,17 @@ class Config:
     grad_clip: float = 1.0        # largest gradient norm
     # evaluation
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
+    eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
     max_kl: float = 50.0          # early stopping: largest KL to the reference, nats per response
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
 # defaults where --init is a Hugging Face folder, or a checkpoint that began as one
 PRETRAINED = dict(
-    max_new_tokens=512, format_reward=0.1, steps=200, lr=1e-6, warmup=10, eval_every=20,
+    max_new_tokens=512, steps=200, lr=1e-6, warmup=10, eval_every=20,
     max_kl=500.0, gradient_checkpointing=True)
-COLUMNS = ("reward accuracy frac_zero_std length eos_rate entropy clip_high grad_norm tok_s "
-           "kl val_greedy val_accuracy")
+COLUMNS = ("reward accuracy frac_zero_std length eos_rate entropy grad_norm kl_seq val_greedy "
+           "val_accuracy")
 
 
 # ------------------------------------------------------------------------------------ the algorithm
@@ -157,16 +158,19 @@ def score(row, response):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule")
+    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule",
+                          cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
-    reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)   # float32 if it moves
+    reference = None                                            # without a KL penalty
+    if cfg.kl_beta:
+        reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)   # float32 if it moves
     optimizer = make_optimizer(policy, cfg.lr)
     B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
     estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B * longest)
-    run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS, reference=reference)
+    run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS, reference)
 
     def evaluate_policy(rows, samples=1):
         return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference,
@@ -187,7 +191,9 @@ def train(cfg):
         tokens, mask, sampler_logp = policy.generate(           # (B, T) each
             prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature)
         mask_cpu = mask.cpu()                                   # micro-batches are cut on the CPU
-        ref_logp = compute_logp(reference, tokens, mask_cpu, cfg.temperature, micro_tokens)
+        ref_logp = torch.zeros_like(sampler_logp)
+        if reference is not None:
+            ref_logp = compute_logp(reference, tokens, mask_cpu, cfg.temperature, micro_tokens)
         if not on_policy:
             old_logp = compute_logp(policy, tokens, mask_cpu, cfg.temperature, micro_tokens)
 
@@ -201,6 +207,7 @@ def train(cfg):
         # 3. advantage: no critic, the group is the baseline
         adv = group_advantage(reward, cfg.group_size)           # (B,)
         stats.add({"frac_zero_std": (adv.view(-1, cfg.group_size) == 0).all(1).float().mean()})
+        has_gradient = (adv != 0) | (cfg.kl_beta > 0)           # (B,)
         adv = adv.to(device)
         rollout_end = time.perf_counter()
 
@@ -209,7 +216,8 @@ def train(cfg):
         for _ in range(cfg.epochs):
             for minibatch in torch.randperm(B).split(cfg.minibatch):
                 optimizer.zero_grad()
-                for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
+                kept = minibatch[has_gradient[minibatch]]
+                for rows, width, index in micro_batches(mask_cpu, kept, micro_tokens, device):
                     with autocast(policy):                      # in bf16 where uses_bf16
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
@@ -222,8 +230,8 @@ def train(cfg):
                     error = (old - sampler_logp[rows, :width]).abs().sum()
                     loss_stats |= {"entropy": entropy.sum() / len(index),
                                    "sampler_logp_error": error / len(index)}
-                    # k1 of the policy that sampled
-                    loss_stats["kl"] = (old - ref_logp[rows, :width]).sum() / len(index)
+                    if reference is not None:                   # k1 of the policy that sampled
+                        loss_stats["kl"] = (old - ref_logp[rows, :width]).sum() / len(index)
                     stats.add(loss_stats, len(index))
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()
@@ -238,7 +246,8 @@ def train(cfg):
         update_end = time.perf_counter()
         metrics |= {"lr": lr, "tokens": round(metrics["length"] * B)}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
-        metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response
+        if reference is not None:
+            metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response
         if run.is_eval_step(step):
             metrics |= prefixed("val_", evaluate_policy(val_rows)[0])
         metrics |= {"gen_s": rollout_end - start, "upd_s": update_end - rollout_end}

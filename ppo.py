@@ -87,16 +87,17 @@ class Config:
     grad_clip: float = 1.0        # largest gradient norm, of each network
     # evaluation
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
+    eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
     max_kl: float = 50.0          # early stopping: largest KL to the reference, nats per response
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
 # defaults where --init is a Hugging Face folder, or a checkpoint that began as one
 PRETRAINED = dict(
-    max_new_tokens=512, format_reward=0.1, kl_beta=0.05, steps=100, lr=1e-6, critic_lr=1e-5,
+    max_new_tokens=512, kl_beta=0.05, steps=100, lr=1e-6, critic_lr=1e-5,
     warmup=10, max_kl=500.0, gradient_checkpointing=True)
-COLUMNS = ("reward accuracy explained_var length eos_rate entropy clip_high grad_norm tok_s "
-           "kl val_greedy val_accuracy")
+COLUMNS = ("reward accuracy explained_var length eos_rate entropy grad_norm kl_seq val_greedy "
+           "val_accuracy")
 
 
 # ------------------------------------------------------------------------------------ the algorithm
@@ -197,7 +198,8 @@ def score(row, response):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule")
+    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule",
+                          cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
     reference = freeze(copy.deepcopy(policy))
@@ -209,8 +211,8 @@ def train(cfg):
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
     estimate_memory(device, optimizer, [policy, critic], frozen, micro_tokens, B * longest)
-    run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS,
-              reference=reference, critic=critic)
+    run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS, reference,
+              critic=critic)
 
     def evaluate_policy(rows, samples=1):
         return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference,

@@ -51,8 +51,8 @@ from common.preferences import (better_worse, load_centring_responses, read_pref
                                 tokenize_rankings)
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (EVAL_BATCH_TOKENS, batches, compute_values, estimate_memory,
-                          micro_batches, pad_batch, pad_rankings)
+from common.train import (batches, compute_values, estimate_memory, eval_batch_size, micro_batches,
+                          pad_batch, pad_rankings)
 from common.verifier import answer_number, checked_score
 from model import ScalarModel, autocast
 
@@ -155,7 +155,7 @@ def collect(policy, tokenizer, rows, cfg, rng):
     ties."""
     pairs = []
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
-    size = min(256, max(1, EVAL_BATCH_TOKENS // (cfg.responses * longest)))  # prompts at a time
+    size = min(256, eval_batch_size(policy, longest, cfg.responses))  # prompts at a time
     uniform = torch.rand(len(rows) * cfg.responses, cfg.max_new_tokens, dtype=torch.float64)
     for i in range(0, len(rows), size):
         chunk = rows[i:i + size]

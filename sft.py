@@ -76,6 +76,7 @@ class Config:
     grad_clip: float = 1.0        # largest gradient norm
     # evaluation
     max_new_tokens: int = 24      # longest response in the evaluation
+    eval_prompts: int = 0         # validation and test rows, at most so many of each; 0: all
     eval_every: int = 300         # steps between evaluations, and between checkpoints
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 

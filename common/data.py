@@ -148,20 +148,26 @@ def tokenize_prompts(rows, tokenizer, max_new_tokens, block_size, need=True):
     return filter_rows(rows, has_room, reason, need)
 
 
+def split_key(row):
+    """What decides the split of a row: its "split_by", equal in rows that ask the same in other
+    words, else its prompt."""
+    return str(row.get("split_by", row["prompt"]))
+
+
 def split_rows(rows, test=None):
-    """Train, validation and test rows by the hash of the prompt. Where test rows are given, only
-    validation rows are held out, and no row whose prompt is among the test rows is kept."""
+    """Train, validation and test rows by the hash of split_key. Where test rows are given, only
+    validation rows are held out, and no row whose split_key is among the test rows' is kept."""
     splits = {"train": [], "val": [], "test": []}
     for row in rows:
-        splits[split_of(row["prompt"])].append(row)
+        splits[split_of(split_key(row))].append(row)
     train, val = splits["train"], splits["val"]
     if test is None:
         test = splits["test"]
     else:
-        reported = {row["prompt"] for row in test}
+        reported = {split_key(row) for row in test}
 
         def is_new(row):
-            return row["prompt"] not in reported
+            return split_key(row) not in reported
 
         train = filter_rows(train + splits["test"], is_new, "its prompt is in --test", need=False)
         val = filter_rows(val, is_new, "its prompt is in --test", need=False)
@@ -171,9 +177,14 @@ def split_rows(rows, test=None):
     return train, val, test
 
 
-def load_prompts(cfg, tokenizer, score, block_size, need_answer=True):
+def spread(rows, n):
+    """At most n of the rows, evenly spaced; 0: all."""
+    return rows[::max(1, len(rows) // n)][:n] if n else rows
+
+
+def load_prompts(cfg, tokenizer, score, block_size, need_answer=True, eval_prompts=0):
     """Train, validation and test prompts, each with its "ids". need_answer: drop the rows for which
-    `score` returns None."""
+    `score` returns None. eval_prompts: validation and test rows, at most; 0: all."""
     def has_answer(row):
         return checked_score(score, row, "", need=False) is not None
 
@@ -186,10 +197,12 @@ def load_prompts(cfg, tokenizer, score, block_size, need_answer=True):
     if not cfg.data:
         train = running_sums(20_000, "train", cfg.seed)
         val, test = running_sums(500, "val"), running_sums(1_000, "test")
-        return prepare(train), prepare(val), prepare(test)
-    rows = prepare(read_rows(cfg.data, "prompt"))
-    test = prepare(read_rows(cfg.test, "prompt")) if cfg.test else None
-    return split_rows(rows, test)
+        train, val, test = prepare(train), prepare(val), prepare(test)
+    else:
+        rows = prepare(read_rows(cfg.data, "prompt"))
+        test = prepare(read_rows(cfg.test, "prompt")) if cfg.test else None
+        train, val, test = split_rows(rows, test)
+    return train, spread(val, eval_prompts), spread(test, eval_prompts)
 
 
 # ---------------------------------------------------------------------------------- demonstrations
@@ -222,11 +235,13 @@ def load_demonstrations(cfg, tokenizer, block_size, built_in):
         return filter_rows(rows, fits, f"longer than {block_size} tokens (--block_size)")
 
     if not cfg.data:
-        return [prepare(rows) for rows in built_in]
-    rows = prepare(read_rows(cfg.data, "prompt", "response"))
-    test = prepare(read_rows(cfg.test, "prompt", "response")) if cfg.test else None
-    report_rewritten_turns(rows)
-    return split_rows(rows, test)
+        train, val, test = [prepare(rows) for rows in built_in]
+    else:
+        rows = prepare(read_rows(cfg.data, "prompt", "response"))
+        test = prepare(read_rows(cfg.test, "prompt", "response")) if cfg.test else None
+        report_rewritten_turns(rows)
+        train, val, test = split_rows(rows, test)
+    return train, spread(val, cfg.eval_prompts), spread(test, cfg.eval_prompts)
 
 
 def report_rewritten_turns(rows):

@@ -6,7 +6,7 @@ import math
 import torch
 
 from common.tokenizer import decode_responses
-from common.train import EVAL_BATCH_TOKENS, compute_logp, compute_reward
+from common.train import compute_logp, compute_reward, eval_batch_size
 from common.verifier import checked_score, is_right
 
 
@@ -95,10 +95,20 @@ def repeated_uniform(n, max_new_tokens, seed):
     return torch.rand(n, max_new_tokens, generator=generator, dtype=torch.float64)
 
 
+def mark_truncated(tokenizer, tokens, mask, texts):
+    """What decode_responses gave, with the text of truncated responses, marked at its end."""
+    shown = []
+    for row, chosen, text in zip(tokens.cpu(), mask.cpu(), texts):
+        if text is None:
+            text = tokenizer.decode(row[chosen > 0].tolist()) + " [truncated]"
+        shown.append(text)
+    return shown
+
+
 def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, reference=None,
              truncated_reward=0.0):
     """How a policy does on held-out rows with "ids": a greedy response to each, and `samples` at
-    temperature 1 -> metrics, and the greedy responses as text.
+    temperature 1 -> metrics, and the greedy responses as text, truncated ones marked.
 
     greedy: accuracy of the greedy response: it ended and has a full score (is_right); accuracy: the
     same at temperature 1; pass@k, k = samples > 1: any of the samples is right; eos_rate and length
@@ -112,7 +122,7 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
         return {}, []
     uniform = repeated_uniform(len(rows) * samples, cfg.max_new_tokens, cfg.seed)
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
-    size = max(1, EVAL_BATCH_TOKENS // (samples * longest))                 # prompts at a time
+    size = eval_batch_size(policy, longest, samples)
     has_answers = all(checked_score(score, row, "", need=False) is not None for row in rows)
 
     def has_full_score(row, text):
@@ -126,7 +136,7 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
         tokens, mask, _ = policy.generate(prompts, 1, cfg.max_new_tokens, temperature=0.0)
         texts = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
         greedy += [has_full_score(row, text) for row, text in zip(chunk, texts)]
-        greedy_texts += texts
+        greedy_texts += mark_truncated(tokenizer, tokens, mask, texts)
 
         tokens, mask, _ = policy.generate(
             prompts, samples, cfg.max_new_tokens,

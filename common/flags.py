@@ -126,6 +126,8 @@ def check_limits(cfg):
             raise InputError(f"--{f.name} {x}: must be at most {high}")
     if cfg.test and not cfg.data:
         raise InputError(f"--test {cfg.test}: needs --data; the built-in task has its own rows")
+    if getattr(cfg, "ref_every", 0) and not cfg.kl_beta:
+        raise InputError(f"--ref_every {cfg.ref_every}: there is no reference without --kl_beta")
     if hasattr(cfg, "minibatch"):
         n = cfg.prompts * getattr(cfg, "group_size", 1)
         if n % cfg.minibatch:

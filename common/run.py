@@ -78,17 +78,25 @@ class Run:
     """The folder of a run, new or resumed.
 
     splits: rows to train on, to validate on and to report on. columns: the metrics that are shown
-    on the screen. modules: further models whose weights belong to the checkpoint, by name. step:
-    steps that are done. state: what the checkpoint keeps besides; a script reads it after --resume.
+    on the screen. reference: saved only if it moves (--ref_every), else it is --init again, which
+    must not have changed. modules: further models whose weights belong to the checkpoint, by name.
+    step: steps that are done. state: what the checkpoint keeps besides; a script reads it after
+    --resume.
     """
 
-    def __init__(self, cfg, steps, model, optimizer, tokenizer, splits, columns, **modules):
+    def __init__(self, cfg, steps, model, optimizer, tokenizer, splits, columns, reference=None,
+                 **modules):
         name = script_name(type(cfg)).split()[0].lower()
         n_params = sum(p.numel() for p in model.parameters())
         n_train, n_val, n_test = (len(rows) for rows in splits)
         device = next(model.parameters()).device
         print(f"{name}: {n_params:,} parameters on {device.type}, {n_train:,} training, "
               f"{n_val:,} validation and {n_test:,} test rows")
+        if hasattr(cfg, "minibatch"):
+            n = cfg.prompts * getattr(cfg, "group_size", 1)
+            updates = cfg.epochs * (n // cfg.minibatch)
+            print(f"a rollout has {n} responses and {updates} updates"
+                  + (": the ratio stays 1 and nothing is clipped" if updates == 1 else ""))
         self.out, self.cfg, self.steps, self.columns = cfg.out, cfg, steps, columns.split()
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
         self.modules = modules
@@ -98,6 +106,11 @@ class Run:
             self.early_stopping = EarlyStopping(max_kl, n_val=n_val)
         self.step = 0
         self.state = {"data_hash": hash_rows(splits)}
+        if reference is not None and getattr(cfg, "ref_every", 0):
+            self.modules["reference"] = reference
+        elif reference is not None:
+            self.state["reference_hash"] = hash_embedding(reference)
+        self.start = time.perf_counter()
         self.rows = []                                 # of metrics.jsonl
         self.clock = None                              # step and time of the first printed line
         self.interrupted = False
@@ -117,6 +130,9 @@ class Run:
                              f"--init {self.out}")
         if data["state"]["data_hash"] != self.state["data_hash"]:
             raise InputError(f"{self.out}: this run began with other data than --data has now")
+        if data["state"].get("reference_hash") != self.state.get("reference_hash"):
+            raise InputError(f"{self.out}: this run began with other weights than --init has now, "
+                             "and they are its reference")
         load_weights(self.model, data["model"], f"{self.out}: the flags do not fit its checkpoint")
         for name, module in self.modules.items():
             module.load_state_dict(data["modules"][name])
@@ -203,6 +219,8 @@ class Run:
         row = {"step": step} | metrics | {"mem_gb": round(memory, 3)}
         self.rows.append(row)
         self.metrics_file.write(json.dumps(row) + "\n")
+        if step == 0:
+            self.print_before()
         is_first = self.clock is None
         if is_first:
             self.clock = step, time.perf_counter()
@@ -225,6 +243,12 @@ class Run:
             cells.append(f"{left // 60}:{left % 60:02}")
         print("  ".join(cells), flush=True)
         return self.check_early_stopping(row)
+
+    def print_before(self):
+        """What the evaluation before the first step cost and found."""
+        metrics, _ = self.state["before"]
+        found = ", ".join(f"{name} {x:.3f}" for name, x in metrics.items())
+        print(f"before the first step, in {time.perf_counter() - self.start:.0f} s: {found}")
 
     def check_early_stopping(self, row):
         """The rule that a row of metrics breaks, or None."""
@@ -280,8 +304,7 @@ class Run:
         """Append a few prompts with their responses to samples.txt; returns them as text."""
         text = ""
         for row, response in list(zip(rows, texts))[:n]:
-            shown = "(did not end)" if response is None else repr(response)
-            text += f"    {row['prompt']!r} -> {shown}\n"
+            text += f"    {row['prompt']!r} -> {response!r}\n"
         with open(self.path("samples.txt"), "a", encoding="utf-8") as f:
             f.write(f"{title}\n{text}")
         return text
@@ -315,6 +338,12 @@ def hash_rows(splits):
             fields = [(name, x) for name, x in sorted(row.items()) if not name.startswith("_")]
             digest.update(repr(fields).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
+
+
+def hash_embedding(model):
+    """SHA-256 of a model's embedding, which every training changes and `freeze` leaves alone."""
+    weight = model.embedding.weight.detach().cpu().contiguous()
+    return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
 
 
 def memory_gb():

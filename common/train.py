@@ -6,11 +6,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common.data import spread
 from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
 from model import LinearLogp, autocast, uses_bf16
 
-EVAL_BATCH_TOKENS = 2 ** 17       # tokens that evaluation keeps in the KV cache at a time
+# evaluation keeps so many tokens, and so many bytes of them, in the KV cache at a time
+EVAL_BATCH_TOKENS = 2 ** 17
+EVAL_BATCH_BYTES = {"cpu": 2 ** 30}                       # elsewhere 8 GiB
 MIN_REWARD_STD = 0.1              # PPO divides rewards by their standard deviation, or by this
 
 
@@ -63,6 +66,20 @@ def pad_rankings(batch, K):
     tokens, mask = pad_batch(tokens, masks)
     P = len(batch)
     return tokens.view(P, K, -1), mask.view(P, K, -1), torch.tensor(ranks).view(P, K)
+
+
+def eval_batch_tokens(model):
+    """Tokens that evaluation keeps in the KV cache at a time."""
+    cfg = model.cfg
+    size = 2 if uses_bf16(model) else 4
+    bytes_per_token = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size
+    limit = EVAL_BATCH_BYTES.get(model.device.type, 2 ** 33)
+    return min(EVAL_BATCH_TOKENS, limit // bytes_per_token)
+
+
+def eval_batch_size(model, longest, samples=1):
+    """Prompts that evaluation runs at a time. longest: tokens of the longest sequence."""
+    return max(1, eval_batch_tokens(model) // (samples * longest))
 
 
 def default_micro_batch_tokens(device):
@@ -193,13 +210,13 @@ def compute_reward(cfg, reward_model, score, rows, tokens, mask, responses, trun
 
 
 def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
-    """Two numbers that a run measures once, on a response to each of 512 of its training prompts,
-    and prints. reward_std: the standard deviation of the reward, at least MIN_REWARD_STD.
-    truncated_reward: --truncated_reward, or the lowest reward of these responses if that is lower,
-    so that being truncated does not pay."""
-    rows = rows[::max(1, len(rows) // 512)][:512]
+    """Two numbers that a run measures once, on a response to each of 512 of its training prompts
+    (--eval_prompts, if that is fewer), and prints. reward_std: the standard deviation of the
+    reward, at least MIN_REWARD_STD. truncated_reward: --truncated_reward, or the lowest reward of
+    these responses if that is lower, so that being truncated does not pay."""
+    rows = spread(rows, min(512, cfg.eval_prompts or 512))
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
-    size = max(1, EVAL_BATCH_TOKENS // longest)                             # prompts at a time
+    size = eval_batch_size(policy, longest)
     uniform = torch.rand(len(rows), cfg.max_new_tokens, dtype=torch.float64)
     rewards, ended = [], []
     for i in range(0, len(rows), size):
@@ -290,7 +307,7 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         "moments": moments,
         "frozen": sum(size(model) for model in frozen if model is not None),
         "bf16 copies": size(trained[0]) // 2 if bf16 else 0,
-        "cache": max(rollout_tokens, EVAL_BATCH_TOKENS) * 2 * cfg.n_layer * K * D * e,
+        "cache": max(rollout_tokens, eval_batch_tokens(trained[0])) * 2 * cfg.n_layer * K * D * e,
         "activations": budget * (norms // 2 + kept),
         "logits": 2 * 4 * LinearLogp.TILE[device.type] + cfg.vocab_size * C * (6 if bf16 else 4),
     }
@@ -298,11 +315,12 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
     unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
     line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"
+    saved = (plan["weights"] + plan["moments"]) / scale
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         line += f" of {total / scale:.1f}"
         if peak > total:
             line += ": too much; try --gradient_checkpointing and "
             line += f"--micro_batch_tokens {budget // 4}"
-    print(line)
+    print(f"{line}; a checkpoint takes {saved:.1f}, weights and moments")
     return plan

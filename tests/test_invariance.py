@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import common.evaluate
 import common.train
 import grpo
 import ppo
-import reward
 from common.run import Run, prefixed
 from common.train import batches, freeze
 from conftest import metrics, quick
@@ -109,8 +107,7 @@ def test_the_size_of_a_micro_batch_changes_nothing(case, numbers):
 
 def cut_evaluation(monkeypatch):
     """Into chunks of one prompt with eight samples, or a few prompts with one, the last shorter."""
-    for module in (common.train, common.evaluate, reward):
-        monkeypatch.setattr(module, "EVAL_BATCH_TOKENS", 40)
+    monkeypatch.setattr(common.train, "EVAL_BATCH_TOKENS", 40)
 
 
 @pytest.mark.parametrize("case", CASES)

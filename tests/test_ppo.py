@@ -431,7 +431,7 @@ def test_a_truncated_response_gets_its_penalty_and_never_a_score():
 
 class Sampler:
     """A policy that gives `right` of 100 prompts the response "1" and truncates every tenth."""
-    cfg = GPTConfig(stop_token_ids=(256,))
+    cfg, device = GPTConfig(stop_token_ids=(256,)), torch.device("cpu")
 
     def __init__(self, right):
         self.right = right

@@ -243,7 +243,7 @@ def test_equal_utilities_are_a_tie_whatever_floating_point_says():
 
 class KnownPolicy:
     """A policy that gives these responses to the n-th prompt; "CUT" does not end."""
-    cfg = GPTConfig(stop_token_ids=(256, 258))
+    cfg, device = GPTConfig(stop_token_ids=(256, 258)), torch.device("cpu")
 
     def __init__(self, *responses):
         self.responses = responses

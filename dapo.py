@@ -60,7 +60,7 @@ class Config:
     reward: str = "rule"          # "rule": `score` in this script; else a reward model's folder
     out: str = "out/dapo"         # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
-    system: str = ""              # system message of chats that have none; "": that of --init
+    system: str = "auto"          # system message of chats that have none; "auto": as --init
     seed: int = 0                 # random seed of data order and sampling
     resume: bool = False          # continue the run in --out
     # rollout
@@ -221,9 +221,7 @@ def train(cfg):
         run.state["prompts_used"] += len(keep)
 
         # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group_size)           # (B,)
-        has_gradient = adv != 0                                 # (B,)
-        adv = adv.to(device)
+        adv = group_advantage(reward, cfg.group_size).to(device)  # (B,)
         rollout_end = time.perf_counter()
 
         # 4. update: clipped epochs over the same rollout
@@ -233,8 +231,7 @@ def train(cfg):
             for minibatch in torch.randperm(B).tensor_split(n_steps):
                 n = int(mask_cpu[minibatch].sum())              # response tokens in this step
                 optimizer.zero_grad()
-                kept = minibatch[has_gradient[minibatch]]
-                for rows, width, index in micro_batches(mask_cpu, kept, micro_tokens, device):
+                for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     with autocast(policy):                      # in bf16 where uses_bf16
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)

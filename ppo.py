@@ -59,7 +59,7 @@ class Config:
     reward: str = "out/reward"    # "rule": `score` in this script; else a reward model's folder
     out: str = "out/ppo"          # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
-    system: str = ""              # system message of chats that have none; "": that of --init
+    system: str = "auto"          # system message of chats that have none; "auto": as --init
     seed: int = 0                 # random seed of data order and sampling
     resume: bool = False          # continue the run in --out
     # rollout

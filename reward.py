@@ -65,7 +65,7 @@ class Config:
     init: str = "out/sft"         # policy that responds, and trunk: checkpoint or model folder
     out: str = "out/reward"       # folder for the preferences, the checkpoint, metrics and curves
     chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
-    system: str = ""              # system message of chats that have none; "": that of --init
+    system: str = "auto"          # system message of chats that have none; "auto": as --init
     seed: int = 0                 # random seed of sampling, labels, the head and the data order
     resume: bool = False          # continue the run in --out
     # collection

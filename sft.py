@@ -54,7 +54,7 @@ class Config:
     init: str = ""                # checkpoint or Hugging Face folder; "": from scratch
     out: str = "out/sft"          # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
-    system: str = ""              # system message of chats that have none; "": that of --init
+    system: str = "auto"          # system message of chats that have none; "auto": as --init
     seed: int = 0                 # random seed of weights, data order and sampling
     resume: bool = False          # continue the run in --out
     # model, from scratch only

@@ -63,12 +63,13 @@ def read_checkpoint(folder):
                          f"({type(e).__name__})") from e
 
 
-def load(path, device="cpu", kind=None, chat="auto", system="", today=""):
+def load(path, device="cpu", kind=None, chat="auto", system="auto", today=""):
     """A checkpoint folder or a Hugging Face folder -> model, tokenizer.
 
     kind: "GPT" or "ScalarModel", where the other one is an error. chat: "chat" makes a lone prompt
-    a user's turn, "plain" leaves it plain text; "auto", and system "", keep what the checkpoint was
-    trained with or the folder's template says. today: date that a template may print; "": now."""
+    a user's turn, "plain" leaves it plain text. system: message of chats that have none; "" is an
+    empty one. "auto" keeps what the checkpoint was trained with or the folder's template says.
+    today: date that a template may print; "": now."""
     is_checkpoint = os.path.exists(os.path.join(path, "ckpt.pt")) or not is_hf_folder(path)
     data = read_checkpoint(path) if is_checkpoint else {"kind": "GPT"}
     if kind and data["kind"] != kind:
@@ -93,7 +94,8 @@ def saved_tokenizer(path, saved, chat, system):
     """The tokenizer of a checkpoint, with prompts written as in its training, or as --chat and
     --system now say."""
     turns = chat_by_default(chat, saved["turns"], system)
-    system = system or (saved["system"] if turns else "")
+    if system == "auto" and turns:
+        system = saved["system"]
     if not saved["files"]:
         return make_tokenizer(saved["name"], turns, system)
     _, cfg = read_config(path, saved["files"])

@@ -73,7 +73,7 @@ def new_files(cfg, family, tokenizer):
     files = {"config.json": json.dumps(config), "tokenizer.json": tokenizer_json(tokenizer)}
     if tokenizer.turns:
         template = tokenizer.template
-        if tokenizer.system:                           # the template writes the system line itself
+        if tokenizer.system != "auto":                 # the template writes the system line itself
             turn = f"<|im_start|>system\n{tokenizer.system}<|im_end|>\n"
             turn = json.dumps(turn, ensure_ascii=False)
             first = "{% if messages[0].role != 'system' %}{{ " + turn + " }}{% endif %}"

@@ -272,7 +272,7 @@ def stop_at_turn_end(cfg, tokenizer):
         cfg.stop_token_ids = tuple(dict.fromkeys((*cfg.stop_token_ids, turn_end)))
 
 
-def folder_tokenizer(path, files, cfg, chat="auto", system="", today=""):
+def folder_tokenizer(path, files, cfg, chat="auto", system="auto", today=""):
     """The tokenizer of a folder, with its chat template; --chat plain does without a broken one."""
     tokenizer = FolderTokenizer(path, files, cfg.stop_token_ids[0], system=system, today=today)
     if tokenizer.n_vocab > cfg.vocab_size:
@@ -307,7 +307,7 @@ def is_hf_folder(folder, or_run_from_one=False):
     return True
 
 
-def read_folder(path, device="cpu", chat="auto", system="", today=""):
+def read_folder(path, device="cpu", chat="auto", system="auto", today=""):
     """A Hugging Face folder -> model, tokenizer."""
     files = {}
     for name in (*COPIED_FILES, "model.safetensors.index.json"):
@@ -338,5 +338,5 @@ if __name__ == "__main__":
         sys.exit(f"export: {e.filename or sys.argv[3]}: {e.strerror or e}")
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{sys.argv[3]}: {n_params:,} parameters in float32, and the tokenizer")
-    if tokenizer.files and tokenizer.turns and tokenizer.system:
+    if tokenizer.files and tokenizer.turns and tokenizer.system != "auto":
         print(f"its chat template does not have the system message {tokenizer.system!r}")

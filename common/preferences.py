@@ -3,6 +3,7 @@ Preferences: pairs of a better and a worse response, and rankings of several.
 """
 import math
 import os
+import re
 from collections import Counter
 
 from common.data import at_line, filter_rows, read_rows, require_text, split_rows
@@ -76,15 +77,32 @@ def ranking_to_pairs(row):
 
 
 def split_dialogue(row):
-    """HH-RLHF's pair of whole dialogues -> prompt, chosen, rejected; any other row as it is."""
+    """HH-RLHF's pair of whole dialogues -> prompt, chosen, rejected, and the prompt as messages for
+    models that chat; any other row as it is."""
     last = "\n\nAssistant:"
     chosen, rejected = str(row.get("chosen")), str(row.get("rejected"))
     if last not in chosen or last not in rejected:
         return row
     prompt, _, chosen = chosen.rpartition(last)
     other, _, rejected = rejected.rpartition(last)
-    return row | {"prompt": prompt + last, "chosen": chosen, "rejected": rejected,
-                  "_prompt_of_rejected": other + last}
+    row = row | {"prompt": prompt + last, "chosen": chosen, "rejected": rejected,
+                 "_prompt_of_rejected": other + last}
+    before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
+    if turns and not before.strip() and turns[0] == "Human":
+        row["_dialogue"] = join_turns(turns[::2], turns[1::2])
+    return row
+
+
+def join_turns(speakers, texts):
+    """HH-RLHF's turns -> messages; turns in a row by one speaker are one, as templates want it."""
+    messages = []
+    for speaker, text in zip(speakers, texts):
+        role = {"Human": "user", "Assistant": "assistant"}[speaker]
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + text.strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    return messages
 
 
 def better_worse(items, ranks):

@@ -37,12 +37,13 @@ class Tokenizer:
 
     name: of the vocabulary. n_vocab: number of ids. special: {text: id} of the special tokens. end:
     id that ends a response to a plain prompt. template: chat template, jinja source, "" for none.
-    turns: a lone prompt is a user's turn as well. system: system message of chats that have none.
+    turns: a lone prompt is a user's turn as well. system: system message of chats that have none,
+    "auto" leaves it to the template.
     today: date that a template may print; a resumed run keeps it. files: {name: text}, of a folder.
     """
 
-    def __init__(self, name, n_vocab, special, end, template="", turns=False, system="", files=None,
-                 today=""):
+    def __init__(self, name, n_vocab, special, end, template="", turns=False, system="auto",
+                 files=None, today=""):
         self.name, self.n_vocab, self.special, self.end = name, n_vocab, special, end
         self.template, self.turns, self.system = template, turns, system
         self.files = files or {}
@@ -101,7 +102,8 @@ class Tokenizer:
         if not self.template:
             raise InputError("a chat (messages, or --chat chat) needs a chat template, and this "
                              "tokenizer has none; use plain prompts (--chat plain)")
-        if self.system and (not messages or messages[0]["role"] != "system"):
+        has_system = len(messages) > 0 and messages[0]["role"] == "system"
+        if self.system != "auto" and not has_system:
             messages = [{"role": "system", "content": self.system}] + messages
         hidden = self.hide_everywhere(messages)
         template = self.compiled_template
@@ -217,7 +219,7 @@ class FolderTokenizer(Tokenizer):
         return self.backend.decode(ids, skip_special_tokens=False)
 
 
-def make_tokenizer(name="bytes", turns=False, system=""):
+def make_tokenizer(name="bytes", turns=False, system="auto"):
     """"bytes" is built in, any other name is one of tiktoken's; ChatML's two tokens are added."""
     if name == "bytes":
         pattern = r"[\s\S]+"
@@ -239,12 +241,12 @@ def make_tokenizer(name="bytes", turns=False, system=""):
                              template=CHATML, turns=turns, system=system)
 
 
-def chat_by_default(chat, default, system=""):
+def chat_by_default(chat, default, system="auto"):
     """Whether a lone prompt is a user's turn, by --chat; "auto" means `default`."""
     if chat not in ("auto", "chat", "plain"):
         raise InputError(f"--chat {chat}: must be auto, chat or plain")
     turns = default if chat == "auto" else chat == "chat"
-    if system and not turns:
+    if system != "auto" and not turns:
         raise InputError(f"--system {system}: prompts are plain text here; --chat chat makes them "
                          "turns")
     return turns
@@ -292,6 +294,8 @@ def as_messages(tokenizer, row):
     """The messages of a prompt, None where it is plain text."""
     if "messages" in row:
         return before_response(row["messages"])
+    if tokenizer.turns and "_dialogue" in row:         # HH-RLHF's
+        return row["_dialogue"]
     if tokenizer.turns:
         return [{"role": "user", "content": row["prompt"].removesuffix("\n")}]
     return None
@@ -310,6 +314,8 @@ def encode_response(tokenizer, row, text):
     """Prompt, response and end token -> tokens, mask (lists)."""
     ids = encode_prompt(tokenizer, row)
     chat = as_messages(tokenizer, row) is not None
+    if chat and "_dialogue" in row:                    # its turns begin with a space
+        text = text.strip()
     end = tokenizer.special[tokenizer.turn_end] if chat else tokenizer.end
     response = tokenizer.encode(text, inside=True) + [end]
     return ids + response, [0] * len(ids) + [1] * len(response)

@@ -42,7 +42,7 @@ SIZES = {"train": 500, "test": 100}                     # rows for each operatio
 
 
 def is_held_out(numbers):
-    return int(hashlib.sha256(numbers.encode()).hexdigest(), 16) % 5 == 0
+    return int(hashlib.sha256(numbers.encode()).hexdigest(), 16) % 5 == 2
 
 
 def make_rows(split, wordings, n, rng):

@@ -3,12 +3,13 @@ How often a model answers right, as it is or with examples in its prompt.
 
     python experiments/evaluate.py out/smollm2 test.jsonl --max_new_tokens 128
     python experiments/evaluate.py out/smollm2 test.jsonl --examples train.jsonl --shots 2
-    python experiments/evaluate.py out/grpo gsm8k_test.jsonl --max_new_tokens 300 --prompts 100
+    python experiments/evaluate.py out/grpo test.jsonl --loss_on gsm8k_test.jsonl
 
 Rows are {"prompt", "answer"} or GSM8K's. Three readings of a response that ended: "rule" is what
 grpo.py rewards (the number after ####, else in a box, else the last one), "last" the last number
 whatever the marks, "strict" only a number after ####. Each line: greedy, accuracy at temperature 1,
-pass@k, and half of the 95% interval of each over rows, those of one "split_by" together.
+pass@k, and half of the 95% interval of each over rows, those of one "split_by" together. --loss_on
+is a file of demonstrations, whose loss in nats per token tells what else a training run has changed.
 """
 import argparse
 import os
@@ -21,7 +22,8 @@ sys.path.insert(0, ROOT)
 from common import InputError, load  # noqa: E402
 from common.data import read_rows  # noqa: E402
 from common.evaluate import half_interval, repeated_uniform  # noqa: E402
-from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
+from common.tokenizer import decode_responses, encode_prompt, encode_response  # noqa: E402
+from common.train import compute_logp, pad_batch  # noqa: E402
 from common.verifier import answer_number  # noqa: E402
 
 READINGS = ("rule", "last", "strict")
@@ -60,6 +62,15 @@ def sample_responses(policy, tokenizer, rows, samples, max_new_tokens, temperatu
         texts += decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
         lengths += mask.sum(1).tolist()
     return texts, lengths
+
+
+def response_loss(policy, tokenizer, path, n=200):
+    """Nats per response token on the first n demonstrations of a file."""
+    rows = read_rows(path, "prompt", "response")[:n]
+    encoded = [encode_response(tokenizer, row, row["response"]) for row in rows]
+    tokens, mask = pad_batch(*zip(*encoded))
+    logp = compute_logp(policy, tokens.to(policy.device), mask)
+    return -logp.sum().item() / mask.sum().item()
 
 
 def main(cfg):
@@ -101,6 +112,9 @@ def main(cfg):
         cells = [f"{name} {x.mean():.3f} ± {half_interval(x, group):.3f}"
                  for name, x in columns.items()]
         print(f"    {reading:8}" + "    ".join(cells))
+    if cfg.loss_on:
+        loss = response_loss(policy, tokenizer, cfg.loss_on)
+        print(f"    {loss:.3f} nats per token on {cfg.loss_on}")
     for row, text in list(zip(rows, greedy))[:cfg.show]:
         print(f"    {row['prompt']!r} -> {text!r}")
 
@@ -114,8 +128,9 @@ if __name__ == "__main__":
     parser.add_argument("--prompts", type=int, default=0, help="rows to read, 0: all")
     parser.add_argument("--samples", type=int, default=8, help="k of pass@k")
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--system", default="", help="system message; default: the model's own")
+    parser.add_argument("--system", default="auto", help="system message, default: the model's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loss_on", help="JSON lines of demonstrations")
     parser.add_argument("--show", type=int, default=0, help="greedy responses to print")
     try:
         main(parser.parse_args())

@@ -173,7 +173,7 @@ def collect(policy, tokenizer, rows, cfg, rng):
             if not distinct:
                 continue
             ranks = rank_responses(row, list(distinct), distinct.values(), cfg, rng)
-            kept = ("prompt", "messages", "two_digits", "answer")
+            kept = ("prompt", "messages", "split_by", "two_digits", "answer")
             given = {name: row[name] for name in kept if name in row}
             for chosen, rejected in better_worse(distinct, ranks):
                 pairs.append(given | {"chosen": chosen, "rejected": rejected})
@@ -181,8 +181,8 @@ def collect(policy, tokenizer, rows, cfg, rng):
 
 
 def load_preferences(cfg, policy, tokenizer):
-    """Train, validation and test pairs, from --data or collected from the policy; and the list of
-    newly collected pairs, for preferences.jsonl."""
+    """Train, validation and test pairs, from --data or collected from the policy; and the newly
+    collected ones, {file: pairs}. Those on the prompts of --test have a file of their own."""
     has_preferences = False
     if cfg.data:
         row = read_rows(cfg.data)[0]
@@ -191,17 +191,27 @@ def load_preferences(cfg, policy, tokenizer):
         if cfg.collect_only:
             raise InputError(f"--collect_only: {cfg.data} holds preferences already")
         pairs = read_preferences(cfg.data)
-        return split_rows(pairs, read_preferences(cfg.test) if cfg.test else None), []
+        return split_rows(pairs, read_preferences(cfg.test) if cfg.test else None), {}
     rows, val, test = load_prompts(cfg, tokenizer, score, policy.cfg.block_size)
     rows = list({row["prompt"]: row for row in rows}.values())[:cfg.prompts]
     split_by_prompt = {}
     for i, split in enumerate((rows, val, test)):
         split_by_prompt |= {row["prompt"]: i for row in split}
+    collected, names = {}, ["preferences.jsonl"]
+    if cfg.test:
+        names.append("preferences_test.jsonl")
     if cfg.resume:
-        pairs, collected = read_preferences(os.path.join(cfg.out, "preferences.jsonl")), []
+        pairs = []
+        for path in [os.path.join(cfg.out, name) for name in names]:
+            if os.path.exists(path):
+                pairs += read_preferences(path)
     else:
         rng = random.Random(cfg.seed)
-        pairs = collected = collect(policy, tokenizer, rows + val + test, cfg, rng)
+        pairs = collect(policy, tokenizer, rows + val + test, cfg, rng)
+        held_out = {row["prompt"] for row in test if cfg.test}
+        collected["preferences.jsonl"] = [x for x in pairs if x["prompt"] not in held_out]
+        if cfg.test:
+            collected["preferences_test.jsonl"] = [x for x in pairs if x["prompt"] in held_out]
     splits = [[], [], []]
     for pair in pairs:
         if pair["prompt"] in split_by_prompt:
@@ -288,9 +298,10 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)
     run = Run(cfg, steps, model, optimizer, tokenizer, (train_rows, val_rows, test_rows), COLUMNS)
-    if collected:
-        run.write_rows("preferences.jsonl", collected)
-        print(f"{len(collected):,} pairs are in {run.path('preferences.jsonl')}")
+    for name, rows in collected.items():
+        if rows:
+            run.write_rows(name, rows)
+            print(f"{len(rows):,} pairs are in {run.path(name)}")
     if cfg.collect_only:
         return
     if run.is_new:

@@ -8,8 +8,8 @@ How often a model answers right, as it is or with examples in its prompt.
 Rows are {"prompt", "answer"} or GSM8K's. Three readings of a response that ended: "rule" is what
 grpo.py rewards (the number after ####, else in a box, else the last one), "last" the last number
 whatever the marks, "strict" only a number after ####. Each line: greedy, accuracy at temperature 1,
-pass@k, and half of the 95% interval of each over rows, those of one "split_by" together. --loss_on
-is a file of demonstrations, whose loss in nats per token tells what else a training run has changed.
+pass@k, and half of the 95% interval of each over rows, those of one "split_by" together. --loss_on:
+demonstrations, whose loss in nats per token tells what else a training run has changed.
 """
 import argparse
 import os

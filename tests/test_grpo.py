@@ -14,6 +14,7 @@ from common import load
 from common.checkpoint import save_checkpoint
 from common.tokenizer import make_tokenizer
 from common.evaluate import rollout_stats
+from common.optimizers import Optimizers
 from common.train import compute_reward, micro_batches
 from conftest import PROMPTS, gradients, naive_logp, script, tiny
 from grpo import group_advantage, grpo_loss, kl_k3
@@ -489,6 +490,49 @@ def test_what_the_update_gets_is_what_was_sampled_and_earned(tmp_path, monkeypat
         assert metrics["reward"] == pytest.approx(statistics.mean(rewards))
     assert moved > 6 and nonzero > 6 and shuffled
     assert abs(logged[0]["kl"]) < 1e-6 and abs(logged[-1]["kl"]) > 1e-4
+
+
+def test_without_a_kl_penalty_no_reference_is_held_and_groups_of_equal_rewards_cost_nothing(
+        adder, tmp_path, monkeypatch):
+    """The weights are those of a penalty too small to count, in which every response passes through
+    the update; only minibatches that hold no unequal group move nothing, by no momentum either."""
+    trained, held = [], []
+    token_logp, evaluate = GPT.token_logp, grpo.evaluate
+
+    def recorded_token_logp(self, tokens, *args, **more):
+        if torch.is_grad_enabled():
+            trained[-1] += len(tokens)
+        return token_logp(self, tokens, *args, **more)
+
+    def recorded_evaluate(*args):
+        held.append(args[7])                                   # the reference
+        return evaluate(*args)
+
+    monkeypatch.setattr(GPT, "token_logp", recorded_token_logp)
+    def plain_sgd(model, lr):                                  # Adam would magnify rounding
+        return Optimizers(torch.optim.SGD(model.parameters(), lr=1.0))
+
+    monkeypatch.setattr(grpo, "make_optimizer", plain_sgd)
+    monkeypatch.setattr(grpo, "evaluate", recorded_evaluate)
+    monkeypatch.setattr(grpo.Run, "plot", lambda *names: None)
+    weights, logs = [], []
+    for kl_beta in (0.0, 1e-30):
+        trained.append(0)
+        out = tmp_path / str(kl_beta)
+        grpo.train(grpo.Config(
+            init=str(adder / "out/sft"), data=str(adder / "rows.jsonl"), out=str(out), steps=4,
+            prompts=8, group_size=4, minibatch=32, max_new_tokens=6, kl_beta=kl_beta, lr=1e-3,
+            warmup=0, eval_every=100))
+        weights.append(load(str(out))[0].state_dict())
+        logs.append([json.loads(line) for line in open(out / "metrics.jsonl")][1:])
+    for name, x in weights[0].items():
+        torch.testing.assert_close(x, weights[1][name], rtol=0, atol=1e-4)
+    assert any(0 < row["frac_zero_std"] < 1 for row in logs[0])
+    assert trained[1] == 4 * 32
+    assert trained[0] == sum(32 * (1 - row["frac_zero_std"]) for row in logs[0])
+    without = len(held) // 2
+    assert all(x is None for x in held[:without]) and None not in held[without:]
+    assert "kl" not in logs[0][-1] and "kl_seq" in logs[1][-1]
 
 
 def test_the_trace_of_one_token_runs_on_any_checkpoint(tmp_path):

@@ -16,7 +16,7 @@ from common.data import read_rows
 from common.optimizers import Optimizers
 from common.preferences import better_worse, pairs_to_rankings, read_preferences, tokenize_rankings
 from common.run import hash_rows
-from common.tokenizer import encode_prompt, make_tokenizer
+from common.tokenizer import encode_prompt, encode_response, make_tokenizer
 from common.train import compute_values, micro_batches, pad_batch
 from conftest import PROMPTS, tiny
 from model import GPTConfig, ScalarModel
@@ -446,6 +446,24 @@ def test_pairs_rankings_and_dialogues_are_read(tmp_path, capsys):
     repeats = {"prompt": talk, "chosen": talk + " yes", "rejected": talk + " no"}
     assert read(tmp_path, repeats) == [(talk, " yes", " no")]
     assert "dropped" not in capsys.readouterr().out
+
+
+def test_a_model_that_chats_reads_a_dialogue_as_turns(tmp_path):
+    """HH-RLHF's text as one user turn would show it roles that it was never trained on. Two turns
+    in a row by one speaker are one; the response loses the space before it; without turns, the text
+    is what it was."""
+    talk = "\n\nHuman: hi\n\nAssistant: hello \n\nHuman: and\n\nHuman: so?\n\nAssistant:"
+    rows = [{"chosen": talk + " yes\n", "rejected": talk + " no"}]
+    read(tmp_path, *rows)
+    pair, = read_preferences(str(tmp_path / "rows.jsonl"))
+    chats, plain = make_tokenizer(turns=True), make_tokenizer()
+    tokens, mask = encode_response(chats, pair, pair["chosen"])
+    assert chats.decode(tokens) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+        "<|im_start|>user\nand\n\nso?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>")
+    assert chats.decode([t for t, m in zip(tokens, mask) if m]) == "yes<|im_end|>"
+    tokens, _ = encode_response(plain, pair, pair["chosen"])
+    assert plain.decode(tokens) == talk + " yes\n<|endoftext|>"
 
 
 def test_pairs_that_say_nothing_are_dropped_and_counted(tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ import grpo
 import ppo
 import reward
 from common import InputError, load
-from common.checkpoint import read_checkpoint
-from common.data import read_rows, split_of
+from common.checkpoint import read_checkpoint, save_checkpoint
+from common.data import read_rows, split_of, split_rows
 from common.flags import parse_config
 from common.preferences import read_preferences
 from common.tokenizer import encode_response
 from common.train import compute_values, pad_batch
 from conftest import (PPO, QUICK, SCRIPTS, SHORT, SMALL, bf16_devices, metrics, quick, script)
+from model import GPT
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +246,62 @@ def test_gradient_checkpointing_changes_no_metric_and_bf16_keeps_float32_weights
     assert {x.dtype for x in weights} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["grpo.py", "ppo.py"])
+def test_the_reference_is_not_saved_but_must_stay_what_it_was(name, adder, run, tmp_path):
+    """It is --init again. With other weights there the KL penalty would pull elsewhere."""
+    shutil.copytree(adder / "out/sft", tmp_path / "init")
+    args = [*quick(name, adder), "--init", "init", "--out", "out"]
+    assert run(name, *args) is None
+    assert "reference" not in read_checkpoint("out")["modules"]
+    assert run(name, "--out", "out", "--resume", "--steps", 7) is None
+    model, tokenizer = load("init")
+    with torch.no_grad():
+        model.embedding.weight[0] += 0.1
+    save_checkpoint("init", model, tokenizer)
+    assert "--init" in run(name, "--out", "out", "--resume", "--steps", 8)
+
+
+def test_an_evaluation_is_bounded_and_what_it_found_is_printed_first(
+        adder, run, tmp_path, capsys, monkeypatch):
+    """--eval_prompts bounds validation, test and the prompts that the reward is measured on."""
+    sampled = []
+    generate = GPT.generate
+
+    def recorded(self, prompts, *args, **more):
+        sampled.append(len(prompts))
+        return generate(self, prompts, *args, **more)
+
+    monkeypatch.setattr(GPT, "generate", recorded)
+    for n, most in ((0, 500), (5, 5)):
+        sampled.clear()
+        assert run("grpo.py", *quick("grpo.py", adder), "--eval_prompts", n, "--steps", 1,
+                   "--out", f"out{n}") is None
+        assert max(sampled[:5]) == (5 if n else pytest.approx(most, abs=60))
+    log = capsys.readouterr().out
+    assert "5 validation and 5 test rows" in log
+    before, table = log.index("before the first step, in "), log.index("step ")
+    assert before < table and "greedy" in log[before:table]
+    assert "a rollout has 16 responses and 2 updates" in log
+
+
+def test_what_a_truncated_response_said_is_shown(adder, run, tmp_path):
+    """A model that rambles is seen to do so."""
+    assert run("grpo.py", *quick("grpo.py", adder), "--max_new_tokens", 1, "--steps", 1,
+               "--early_stopping", "false", "--out", "out") is None
+    shown = (tmp_path / "out/samples.txt").read_text()
+    assert re.search(r"-> '[0-9] \[truncated\]'", shown), shown
+
+
+def test_rows_of_one_split_by_are_in_one_split(tmp_path):
+    """Also those whose prompt has another hash; and none of --test's is trained on."""
+    rows = [{"prompt": f"{text} {i}", "split_by": str(i)} for i in range(300) for text in "ab"]
+    for splits in (split_rows(rows), split_rows(rows[100:], rows[:50])):
+        keys = [{row["split_by"] for row in part} for part in splits]
+        assert all(keys) and not keys[0] & keys[1] and not keys[0] & keys[2]
+        assert not keys[1] & keys[2]
+    assert sum(map(len, split_rows(rows))) == 600
+
+
 @pytest.mark.slow
 def test_an_earlier_run_is_kept_and_a_bool_can_stand_alone(small, tmp_path):
     for _ in range(2):
@@ -450,9 +508,24 @@ def test_preferences_can_be_collected_on_own_rows_without_training(adder, run, t
                "--collect_only", "--out", "out") is None
     assert not (tmp_path / "out/ckpt.pt").exists()
     pairs = read_preferences("out/preferences.jsonl")
-    assert len(pairs) > 10
+    assert len(pairs) > 10 and not (tmp_path / "out/preferences_test.jsonl").exists()
     for pair in pairs:
         assert grpo.score(pair, pair["chosen"]) > grpo.score(pair, pair["rejected"])
+
+
+def test_preferences_on_test_prompts_go_into_a_file_of_their_own(adder, run, tmp_path):
+    """dpo.py would train on them."""
+    rows = read_rows(str(adder / "rows.jsonl"))
+    write_lines(tmp_path / "train.jsonl", [row | {"split_by": row["prompt"]} for row in rows[50:]])
+    write_lines(tmp_path / "test.jsonl", rows[:50])
+    assert run("reward.py", "--init", adder / "out/sft", "--data", "train.jsonl", "--test",
+               "test.jsonl", *SHORT, "--collect_only", "--out", "out") is None
+    tested = {row["prompt"] for row in rows[:50]}
+    trained = read_preferences("out/preferences.jsonl")
+    held_out = read_preferences("out/preferences_test.jsonl")
+    assert trained and not {pair["prompt"] for pair in trained} & tested
+    assert held_out and {pair["prompt"] for pair in held_out} <= tested
+    assert all(pair["split_by"] == pair["prompt"] for pair in trained)
 
 
 @pytest.mark.parametrize("name", ["ppo.py", "dapo.py"])

@@ -16,8 +16,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import grpo  # noqa: E402

@@ -5,6 +5,7 @@ What things cost: a line per figure with name, value, unit, and what it is compa
     python experiments/bench.py logp       one group: logp, generate, shares, step or growth
     python experiments/bench.py --peers    beside transformers, and a further group, trl, where they
                                            are installed: an hour, 14 GB
+    python experiments/bench.py bf16       bf16 against float32 on a CPU that multiplies it
     python experiments/bench.py cuda       the group for a GPU; --peers beside liger-kernel, too
 
 Everything is compared with the plain form of the same work, in one process, interleaved, on random
@@ -867,14 +868,76 @@ def bench_gpu_logp(peers, device, shapes):
                        f"{(gpu_peak(device) - before) / 2 ** 20:.0f} MB above the inputs")
 
 
+# ------------------------------------------------------------------------- bf16: products on a CPU
+
+BF16_SHAPES = {                   # narrow models, and SmolLM2-135M
+    "96 channels": dict(vocab_size=259, n_layer=3, n_embd=96, n_head=3),
+    "192 channels": dict(vocab_size=4096, n_layer=6, n_embd=192, n_head=6),
+    "256 channels": dict(vocab_size=4096, n_layer=6, n_embd=256, n_head=4),
+    "384 channels": dict(vocab_size=4096, n_layer=6, n_embd=384, n_head=6),
+    "SmolLM2-135M": dict(vocab_size=49152, n_layer=30, n_embd=576, n_head=9, n_kv_head=3,
+                         intermediate_size=1536),
+}
+
+
+def bench_bf16(peers):
+    """A rollout of 32 responses of 64 tokens to 8 prompts of 64, its log-probs, and its update, in
+    float32 and in bf16; and what share of the update the vocabulary has, its products and the rest
+    of LinearLogp."""
+    wide, narrow = {"cpu": 1}, {}
+    for name, shape in BF16_SHAPES.items():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=256, **shape))
+        prompts = [torch.randint(3, 250, (64,)).tolist() for _ in range(8)]
+        tokens = torch.randint(3, 250, (32, 128))
+        mask = torch.zeros(32, 128)
+        mask[:, 64:] = 1
+        every_row = torch.arange(32)
+        uniform = torch.rand(32, 64, dtype=torch.float64)
+
+        def rollout():
+            model.generate(prompts, 4, 64, stop_token_ids=[-1], uniform=uniform)
+
+        def log_probs():
+            compute_logp(model, tokens, mask)
+
+        def update():
+            model.zero_grad()
+            for rows, width, index in micro_batches(mask, every_row, 0, model.device):
+                with autocast(model):
+                    logp, _ = model.token_logp(tokens[rows, :width], index=index)
+                (-logp.sum() / mask.sum()).backward()
+
+        def in_precision(work, widths):
+            M.BF16_MIN_WIDTH = widths
+            work()
+
+        for work in (rollout, log_probs, update):
+            forms = {"float32": functools.partial(in_precision, work, narrow),
+                     "bf16": functools.partial(in_precision, work, wide)}
+            times = interleave(forms, repeats=3)
+            ratio = times["float32"].median / times["bf16"].median
+            print_line(f"{name}, {work.__name__}, bf16", times["bf16"].median, "s",
+                       f"float32 {times['float32'].median:.3f} s, {ratio:.2f}x")
+        seconds = {"all": 0.0, "vocabulary": 0.0}
+        plain = M.LinearLogp.forward, M.LinearLogp.backward
+        M.LinearLogp.forward = staticmethod(timed(plain[0], seconds, "vocabulary"))
+        M.LinearLogp.backward = staticmethod(timed(plain[1], seconds, "vocabulary"))
+        timed(update, seconds, "all")()
+        M.LinearLogp.forward, M.LinearLogp.backward = map(staticmethod, plain)
+        print_line(f"{name}, the vocabulary's share of an update",
+                   seconds["vocabulary"] / seconds["all"], "")
+
+
 GROUPS = {"logp": bench_logp, "generate": bench_generate, "shares": bench_shares,
-          "step": bench_step, "growth": bench_growth, "trl": bench_trl, "cuda": bench_cuda}
+          "step": bench_step, "growth": bench_growth, "trl": bench_trl, "bf16": bench_bf16,
+          "cuda": bench_cuda}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all but "
-                        "cuda, and trl only with --peers")
+                        "bf16 and cuda, and trl only with --peers")
     parser.add_argument("--peers", action="store_true", help="also time other libraries")
     parser.add_argument("--logp_memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--cost", nargs=len(BASE), type=int, help=argparse.SUPPRESS)

@@ -30,6 +30,8 @@ OUT, BASE, ROWS = "out/smollm2_runs", "out/smollm2", "out/arithmetic"
 SYSTEM = "Answer briefly."
 COMMON = "--init out/smollm2 --gradient_checkpointing false"
 QUESTIONS = f"{COMMON} --max_new_tokens 32 --data {ROWS}/train.jsonl --test {ROWS}/test.jsonl"
+# longer, as responses that did not end are not ranked
+COLLECTED = QUESTIONS.replace("--max_new_tokens 32", "--max_new_tokens 64")
 STORIES = f"{COMMON} --max_new_tokens 48 --data {ROWS}/stories.jsonl --test {ROWS}/test_stories.jsonl"
 HELD_OUT = "--eval_prompts 48 --eval_every 10"
 GROUPS = f"{HELD_OUT} --prompts 8 --group_size 8 --minibatch 32 --warmup 3 --lr 2e-5"
@@ -38,7 +40,7 @@ PAIRS = f"--data {OUT}/reward_0/preferences.jsonl --test {OUT}/reward_0/preferen
 
 # name: seeds, command
 RUNS = {
-    "reward": (1, f"reward.py {QUESTIONS} --prompts 800 --batch 16"),
+    "reward": (1, f"reward.py {COLLECTED} --prompts 800 --responses 8 --batch 16"),
     "grpo": (3, f"grpo.py {QUESTIONS} {GROUPS} --steps 40"),
     "sft": (1, f"sft.py {QUESTIONS} {HELD_OUT} --steps 48 --batch 16 --warmup 3 --lr 2e-5"),
     "dapo": (1, f"dapo.py {QUESTIONS} {GROUPS} --steps 40 --overlong_cache 8"),

@@ -27,6 +27,7 @@ from compare import interval, ktokens, plot_seeds, read_json, read_log, write_js
 from evaluate import response_loss  # noqa: E402
 
 OUT, BASE, ROWS = "out/smollm2_runs", "out/smollm2", "out/arithmetic"
+GSM8K = "out/gsm8k_test.jsonl"    # its test file, if it is at hand: text that nothing trains on
 SYSTEM = "Answer briefly."
 COMMON = "--init out/smollm2 --gradient_checkpointing false"
 QUESTIONS = f"{COMMON} --max_new_tokens 32 --data {ROWS}/train.jsonl --test {ROWS}/test.jsonl"
@@ -103,9 +104,8 @@ def measure(path, seed, stories):
     minus, minus_texts = evaluate(
         model, tokenizer, read_prompts(f"{ROWS}/test_minus.jsonl", tokenizer), grpo.score, cfg)
     result["minus greedy"] = minus["greedy"]
-    gsm8k = os.path.join(ROOT, "../shared/data/gsm8k/test.jsonl")
-    if os.path.exists(gsm8k):
-        result["other text"] = response_loss(model, tokenizer, gsm8k)
+    if os.path.exists(GSM8K):
+        result["other text"] = response_loss(model, tokenizer, GSM8K)
     with open(f"{path}/responses.txt", "w", encoding="utf-8") as f:
         for row, text in zip(rows, texts):
             f.write(f"{row['prompt']!r} -> {text!r}\n")

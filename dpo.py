@@ -88,7 +88,7 @@ class Config:
 # defaults where --init is a Hugging Face folder, or a checkpoint that began as one
 PRETRAINED = dict(sft_coef=0.0, lr=5e-7, warmup=10, max_new_tokens=512, eval_every=50,
                   gradient_checkpointing=True)
-COLUMNS = ("loss pair_acc margin reward_w reward_l logp_w logp_l grad_norm step_s val_pair_acc "
+COLUMNS = ("loss pair_acc margin reward_w reward_l logp_w logp_l grad_norm val_pair_acc "
            "val_greedy val_accuracy")
 
 

@@ -91,6 +91,7 @@ class Config:
 
 # defaults where --init is a Hugging Face folder, or a checkpoint that began as one
 PRETRAINED = dict(prompts=2000, max_new_tokens=512, lr=1e-5, gradient_checkpointing=True)
+COLLECTED, COLLECTED_TEST = "preferences.jsonl", "preferences_test.jsonl"
 COLUMNS = "loss acc margin grad_norm step_s val_loss val_acc val_acc_same_style"
 
 
@@ -181,8 +182,8 @@ def collect(policy, tokenizer, rows, cfg, rng):
 
 
 def load_preferences(cfg, policy, tokenizer):
-    """Train, validation and test pairs, from --data or collected from the policy; and the newly
-    collected ones, {file: pairs}. Those on the prompts of --test have a file of their own."""
+    """Train, validation and test pairs, from --data or collected from the policy; and whether they
+    were newly collected."""
     has_preferences = False
     if cfg.data:
         row = read_rows(cfg.data)[0]
@@ -191,27 +192,21 @@ def load_preferences(cfg, policy, tokenizer):
         if cfg.collect_only:
             raise InputError(f"--collect_only: {cfg.data} holds preferences already")
         pairs = read_preferences(cfg.data)
-        return split_rows(pairs, read_preferences(cfg.test) if cfg.test else None), {}
+        return split_rows(pairs, read_preferences(cfg.test) if cfg.test else None), False
     rows, val, test = load_prompts(cfg, tokenizer, score, policy.cfg.block_size)
     rows = list({row["prompt"]: row for row in rows}.values())[:cfg.prompts]
     split_by_prompt = {}
     for i, split in enumerate((rows, val, test)):
         split_by_prompt |= {row["prompt"]: i for row in split}
-    collected, names = {}, ["preferences.jsonl"]
-    if cfg.test:
-        names.append("preferences_test.jsonl")
     if cfg.resume:
+        paths = [os.path.join(cfg.out, name) for name in (COLLECTED, COLLECTED_TEST)]
         pairs = []
-        for path in [os.path.join(cfg.out, name) for name in names]:
-            if os.path.exists(path):
+        for path in paths:
+            if os.path.exists(path) and os.path.getsize(path):
                 pairs += read_preferences(path)
     else:
         rng = random.Random(cfg.seed)
         pairs = collect(policy, tokenizer, rows + val + test, cfg, rng)
-        held_out = {row["prompt"] for row in test if cfg.test}
-        collected["preferences.jsonl"] = [x for x in pairs if x["prompt"] not in held_out]
-        if cfg.test:
-            collected["preferences_test.jsonl"] = [x for x in pairs if x["prompt"] in held_out]
     splits = [[], [], []]
     for pair in pairs:
         if pair["prompt"] in split_by_prompt:
@@ -219,7 +214,7 @@ def load_preferences(cfg, policy, tokenizer):
     if not splits[0]:
         raise InputError(f"{len(rows)} prompts gave no pair: the responses of each are all right, "
                          "all wrong or all truncated")
-    return splits, collected
+    return splits, not cfg.resume
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -286,7 +281,7 @@ def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
     block_size = policy.cfg.block_size
-    pairs, collected = load_preferences(cfg, policy, tokenizer)
+    pairs, newly_collected = load_preferences(cfg, policy, tokenizer)
     train_rows = tokenize_rankings(pairs[0], tokenizer, block_size)
     val_rows = tokenize_rankings(pairs[1], tokenizer, block_size, need=False)
     test_rows = tokenize_rankings(pairs[2], tokenizer, block_size, need=False)
@@ -298,10 +293,13 @@ def train(cfg):
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay)
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)
     run = Run(cfg, steps, model, optimizer, tokenizer, (train_rows, val_rows, test_rows), COLUMNS)
-    for name, rows in collected.items():
-        if rows:
-            run.write_rows(name, rows)
-            print(f"{len(rows):,} pairs are in {run.path(name)}")
+    if newly_collected and cfg.test:                            # dpo.py must not train on them
+        run.write_rows(COLLECTED, pairs[0] + pairs[1])
+        run.write_rows(COLLECTED_TEST, pairs[2])
+    elif newly_collected:
+        run.write_rows(COLLECTED, pairs[0] + pairs[1] + pairs[2])
+    if newly_collected:
+        print(f"{sum(map(len, pairs)):,} pairs are in {run.path(COLLECTED)}")
     if cfg.collect_only:
         return
     if run.is_new:

@@ -33,7 +33,8 @@ COMMON = "--init out/smollm2 --gradient_checkpointing false"
 QUESTIONS = f"{COMMON} --max_new_tokens 32 --data {ROWS}/train.jsonl --test {ROWS}/test.jsonl"
 # longer, as responses that did not end are not ranked
 COLLECTED = QUESTIONS.replace("--max_new_tokens 32", "--max_new_tokens 64")
-STORIES = f"{COMMON} --max_new_tokens 48 --data {ROWS}/stories.jsonl --test {ROWS}/test_stories.jsonl"
+STORIES = (f"{COMMON} --max_new_tokens 48 --data {ROWS}/stories.jsonl "
+           f"--test {ROWS}/test_stories.jsonl")
 HELD_OUT = "--eval_prompts 48 --eval_every 10"
 GROUPS = f"{HELD_OUT} --prompts 8 --group_size 8 --minibatch 32 --warmup 3 --lr 2e-5"
 PPO = f"{HELD_OUT} --prompts 64 --minibatch 32 --steps 24 --warmup 3 --lr 2e-5 --critic_lr 2e-5"

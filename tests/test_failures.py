@@ -23,9 +23,10 @@ import model as M
 import ppo
 from common import InputError, load
 from common.checkpoint import read_checkpoint, save_checkpoint
+from common.early_stopping import EarlyStopping
 from common.flags import check_limits, parse_config
 from common.models import load_reward_model
-from common.run import EarlyStopping, hash_rows
+from common.run import hash_rows
 from common.tokenizer import TiktokenTokenizer, make_tokenizer
 from conftest import SCRIPTS, equal, metrics, quick, script, tiny
 

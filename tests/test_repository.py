@@ -13,7 +13,7 @@ from conftest import ROOT, SCRIPTS
 
 # of common/; imports point to the left
 FLOORS = ["tokenizer", "hf", "export", "checkpoint", "verifier", "data", "preferences",
-          "optimizers", "train", "evaluate", "flags", "models", "run"]
+          "optimizers", "train", "evaluate", "flags", "models", "early_stopping", "run"]
 COMMON = [f"common/{name}.py" for name in FLOORS]
 EXPERIMENTS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/experiments/*.py"))
 TESTS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/tests/*.py"))

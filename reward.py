@@ -205,6 +205,8 @@ def load_preferences(cfg, policy, tokenizer):
             if os.path.exists(path) and os.path.getsize(path):
                 pairs += read_preferences(path)
     else:
+        n = len(rows + val + test)
+        print(f"sampling {cfg.responses} responses to each of {n:,} prompts", flush=True)
         rng = random.Random(cfg.seed)
         pairs = collect(policy, tokenizer, rows + val + test, cfg, rng)
     splits = [[], [], []]

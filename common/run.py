@@ -43,8 +43,8 @@ class Run:
         if hasattr(cfg, "minibatch"):
             n = cfg.prompts * getattr(cfg, "group_size", 1)
             updates = cfg.epochs * (n // cfg.minibatch)
-            print(f"a rollout has {n} responses and {updates} updates"
-                  + (": the ratio stays 1 and nothing is clipped" if updates == 1 else ""))
+            note = ": the ratio stays 1 and nothing is clipped" if updates == 1 else ""
+            print(f"a rollout has {n} responses and {updates} updates{note}")
         self.out, self.cfg, self.steps, self.columns = cfg.out, cfg, steps, columns.split()
         self.model, self.optimizer, self.tokenizer = model, optimizer, tokenizer
         self.modules = modules

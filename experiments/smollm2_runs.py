@@ -3,7 +3,7 @@ SmolLM2-135M-Instruct post-trained by every algorithm: the tables and figures of
 
     python experiments/smollm2.py out/smollm2
     python experiments/arithmetic.py out/arithmetic
-    python experiments/smollm2_runs.py                  some six hours on two CPU cores
+    python experiments/smollm2_runs.py                  XX on two CPU cores
     python experiments/smollm2_runs.py --runs grpo      ten minutes
 
 Runs that are already in out/smollm2_runs are not repeated. Two train at a time, on one thread each.

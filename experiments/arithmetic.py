@@ -1,13 +1,12 @@
 """
-Arithmetic in words, a task that a small language model can half do: files of prompts with answers,
-of demonstrations, and of a skill that is not trained.
+Arithmetic in words, a task that a small language model can half do: prompts with an answer, and a
+right response as a demonstration, "3 * 7 = 21".
 
     python experiments/arithmetic.py out/arithmetic
 
-    train.jsonl test.jsonl         "What is 3 times 7?", "Calculate 10 plus 14."
-    demonstrations.jsonl           the rows of train.jsonl with a "response", "3 * 7 = 21"
+    train.jsonl test.jsonl              "What is 3 times 7?", "Calculate 10 plus 14."
     stories.jsonl test_stories.jsonl    "A box holds 6 pens. How many pens are in 9 boxes?"
-    test_minus.jsonl               "What is 31 minus 14?", in no file to train on
+    test_minus.jsonl                    "What is 31 minus 14?", in no file to train on
 
 A fifth of all pairs of numbers is held out, by a hash of the pair, whatever the wording, the
 operation and the order: no pair is both in a file to train on and in a file to test on. By
@@ -69,10 +68,8 @@ def main(folder):
     rng = random.Random(0)
     minus = {"minus": QUESTIONS["minus"]}
     asked = {"plus": QUESTIONS["plus"], "times": QUESTIONS["times"]}
-    train = make_rows("train", asked, SIZES["train"], rng)
     files = {
-        "demonstrations": train,
-        "train": train,
+        "train": make_rows("train", asked, SIZES["train"], rng),
         "test": make_rows("test", asked, SIZES["test"], rng),
         "stories": make_rows("train", STORIES, SIZES["train"], rng),
         "test_stories": make_rows("test", STORIES, SIZES["test"], rng),
@@ -81,10 +78,7 @@ def main(folder):
     os.makedirs(folder, exist_ok=True)
     for name, rows in files.items():
         with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as f:
-            for row in rows:
-                if name != "demonstrations":
-                    row = {field: x for field, x in row.items() if field != "response"}
-                f.write(json.dumps(row) + "\n")
+            f.writelines(json.dumps(row) + "\n" for row in rows)
         print(f"{name}.jsonl: {len(rows)} rows, such as {rows[0]['prompt']!r}")
 
 

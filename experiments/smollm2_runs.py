@@ -67,8 +67,6 @@ def train(name, seed):
     if os.path.exists(f"{out}/seconds.json"):
         return
     script, *flags = RUNS[name][1].split()
-    if name == "sft":
-        flags[flags.index("--data") + 1] = f"{ROWS}/demonstrations.jsonl"
     command = [sys.executable, os.path.join(ROOT, script), *flags, "--out", out]
     command += ["--system", SYSTEM, "--seed", str(seed)]
     start = time.perf_counter()

@@ -37,7 +37,7 @@ STORIES = (f"{COMMON} --max_new_tokens 48 --data {ROWS}/stories.jsonl "
            f"--test {ROWS}/test_stories.jsonl")
 HELD_OUT = "--eval_prompts 48 --eval_every 10"
 GROUPS = f"{HELD_OUT} --prompts 8 --group_size 8 --minibatch 32 --warmup 3 --lr 2e-5"
-PPO = f"{HELD_OUT} --prompts 64 --minibatch 32 --steps 24 --warmup 3 --lr 2e-5 --critic_lr 2e-5"
+PPO = f"{HELD_OUT} --prompts 64 --minibatch 32 --steps 20 --warmup 3 --lr 2e-5 --critic_lr 2e-5"
 PAIRS = f"--data {OUT}/reward_0/preferences.jsonl --test {OUT}/reward_0/preferences_test.jsonl"
 
 # name: seeds, command
@@ -46,12 +46,12 @@ RUNS = {
     "grpo": (3, f"grpo.py {QUESTIONS} {GROUPS} --steps 40"),
     "sft": (1, f"sft.py {QUESTIONS} {HELD_OUT} --steps 48 --batch 16 --warmup 3 --lr 2e-5"),
     "dapo": (1, f"dapo.py {QUESTIONS} {GROUPS} --steps 40 --overlong_cache 8"),
-    "dpo": (3, f"dpo.py {COMMON} {PAIRS} {HELD_OUT} --max_new_tokens 32 --batch 16 --warmup 3 "
+    "dpo": (1, f"dpo.py {COMMON} {PAIRS} {HELD_OUT} --max_new_tokens 32 --batch 16 --warmup 3 "
                "--lr 5e-6"),
     "ppo_rule": (1, f"ppo.py {QUESTIONS} {PPO}"),
     "ppo": (1, f"ppo.py {QUESTIONS} {PPO} --reward {OUT}/reward_0"),
-    "grpo_stories": (2, f"grpo.py {STORIES} {GROUPS} --steps 30"),
-    "dapo_stories": (2, f"dapo.py {STORIES} {GROUPS} --steps 15 --overlong_cache 8"),
+    "dapo_stories": (1, f"dapo.py {STORIES} {GROUPS} --steps 12 --overlong_cache 8"),
+    "grpo_stories": (1, f"grpo.py {STORIES} {GROUPS} --steps 30"),
 }
 COLUMNS = ["greedy", "accuracy", "pass@8", "eos_rate", "length", "kl_seq", "minus greedy",
            "other text", "ktokens", "minutes", "mem_gb"]

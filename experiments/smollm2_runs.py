@@ -48,7 +48,7 @@ RUNS = {
     "dapo": (1, f"dapo.py {QUESTIONS} {GROUPS} --steps 40 --overlong_cache 8"),
     "dpo": (1, f"dpo.py {COMMON} {PAIRS} {HELD_OUT} --max_new_tokens 32 --batch 16 --warmup 3 "
                "--lr 5e-6"),
-    "ppo_rule": (1, f"ppo.py {QUESTIONS} {PPO}"),
+    "ppo_rule": (1, f"ppo.py {QUESTIONS} {PPO} --reward rule"),
     "ppo": (1, f"ppo.py {QUESTIONS} {PPO} --reward {OUT}/reward_0"),
     "dapo_stories": (1, f"dapo.py {STORIES} {GROUPS} --steps 12 --overlong_cache 8"),
     "grpo_stories": (1, f"grpo.py {STORIES} {GROUPS} --steps 30"),

@@ -3,11 +3,11 @@ SmolLM2-135M-Instruct post-trained by every algorithm: the tables and figures of
 
     python experiments/smollm2.py out/smollm2
     python experiments/arithmetic.py out/arithmetic
-    python experiments/smollm2_runs.py                  XX on two CPU cores
-    python experiments/smollm2_runs.py --runs grpo      ten minutes
+    python experiments/smollm2_runs.py                  three hours on two CPU cores
+    python experiments/smollm2_runs.py --runs grpo      half an hour
 
 Runs that are already in out/smollm2_runs are not repeated. Two train at a time, on one thread each.
-The settings are those of the first try; the tables show questions that were in no file to train on.
+The settings are those of the first try. The tables show questions that were in no file to train on.
 """
 import argparse
 import os
@@ -163,8 +163,8 @@ def draw_figures():
         ("minutes on one core", "GRPO: share right", minutes,
          [("grpo", "accuracy", "training questions"), ("grpo", "val_accuracy", "held out, T = 1"),
           ("grpo", "val_greedy", "held out, greedy")]),
-        ("thousand tokens generated", "stories: share right, T = 1", ktokens,
-         [("grpo_stories", "val_accuracy", "GRPO"), ("dapo_stories", "val_accuracy", "DAPO")])])
+        ("thousand tokens generated", "stories: share right in a rollout", ktokens,
+         [("grpo_stories", "accuracy", "GRPO"), ("dapo_stories", "accuracy", "DAPO")])])
 
 
 def main():

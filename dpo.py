@@ -209,7 +209,7 @@ def train(cfg):
         optimizer.zero_grad()
         every_pair = torch.arange(batch_size)
         for rows, width, index in micro_batches(mask, every_pair, cfg.micro_batch_tokens, device):
-            with autocast(policy):                              # in bf16 where uses_bf16
+            with autocast(policy):                              # bf16 where the hardware has it
                 logp, entropy = policy.token_logp(              # (2 p, width)
                     tokens[rows, :, :width].flatten(0, 1), index=index)
             logp_w, logp_l = logp.sum(1).view(-1, 2).T          # (p,)

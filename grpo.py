@@ -218,7 +218,7 @@ def train(cfg):
                 optimizer.zero_grad()
                 kept = minibatch[has_gradient[minibatch]]
                 for rows, width, index in micro_batches(mask_cpu, kept, micro_tokens, device):
-                    with autocast(policy):                      # in bf16 where uses_bf16
+                    with autocast(policy):                      # bf16 where the hardware has it
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
                     old = logp.detach() if on_policy else old_logp[rows, :width]

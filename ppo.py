@@ -262,7 +262,7 @@ def train(cfg):
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     chosen, old = mask[rows, :width], old_logp[rows, :width]
-                    with autocast(policy):                      # in bf16 where uses_bf16
+                    with autocast(policy):                      # bf16 where the hardware has it
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
                     loss, loss_stats = ppo_loss(

@@ -319,7 +319,7 @@ def train(cfg):
         every_prompt = torch.arange(batch_size)
         for rows, width, _ in micro_batches(mask, every_prompt, cfg.micro_batch_tokens, device):
             present = ranks[rows] >= 0                          # (p, K)
-            with autocast(model):                               # in bf16 where uses_bf16
+            with autocast(model):                               # bf16 where the hardware has it
                 r = model.score(tokens_dev[rows, :, :width][present],
                                 mask_dev[rows, :, :width][present])
             r = r.new_zeros(present.shape).masked_scatter(present, r)       # (p, K)

@@ -204,7 +204,7 @@ def train(cfg):
         optimizer.zero_grad()
         every_row = torch.arange(cfg.batch)
         for rows, width, index in micro_batches(mask, every_row, cfg.micro_batch_tokens, device):
-            with autocast(model):                               # in bf16 where uses_bf16
+            with autocast(model):                               # bf16 where the hardware has it
                 logp, entropy = model.token_logp(tokens_dev[rows, :width], index=index)
             loss, loss_stats = sft_loss(logp, mask_dev[rows, :width], n)
             loss.backward()

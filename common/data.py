@@ -179,7 +179,10 @@ def split_rows(rows, test=None):
 
 def spread(rows, n):
     """At most n of the rows, evenly spaced; 0: all."""
-    return rows[::max(1, len(rows) // n)][:n] if n else rows
+    if n == 0:
+        return rows
+    step = max(1, len(rows) // n)
+    return rows[::step][:n]
 
 
 def load_prompts(cfg, tokenizer, score, block_size, need_answer=True, eval_prompts=0):

@@ -120,13 +120,15 @@ def read_log(out):
 
 
 def train(script, out, *flags, **env):
-    """Run a script into `out` unless it has already finished there. Its seconds are kept in
-    seconds.json, which marks a finished run."""
+    """Run a script into `out` unless it has already finished there. What it prints is in a file
+    beside that folder. Its seconds are kept in seconds.json, which marks a finished run."""
     if os.path.exists(f"{out}/seconds.json"):
         return
     start = time.perf_counter()
     command = [sys.executable, os.path.join(ROOT, script), *flags, "--out", out]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | env)
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    with open(f"{out}.log", "w", encoding="utf-8") as log:
+        subprocess.run(command, check=True, stdout=log, env=os.environ | env)
     write_json(f"{out}/seconds.json", {"seconds": time.perf_counter() - start})
 
 

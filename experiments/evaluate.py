@@ -20,11 +20,12 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from common import InputError, load  # noqa: E402
-from common.data import read_rows  # noqa: E402
+from common.data import read_rows, tokenize_demonstration  # noqa: E402
 from common.evaluate import half_interval, repeated_uniform  # noqa: E402
-from common.tokenizer import decode_responses, encode_prompt, encode_response  # noqa: E402
-from common.train import compute_logp, pad_batch  # noqa: E402
+from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
+from common.train import eval_batch_size  # noqa: E402
 from common.verifier import answer_number  # noqa: E402
+from sft import Config, evaluate_loss  # noqa: E402
 
 READINGS = ("rule", "last", "strict")
 
@@ -52,7 +53,8 @@ def with_examples(row, examples):
 def sample_responses(policy, tokenizer, rows, samples, max_new_tokens, temperature, seed):
     """samples responses to each row -> texts, None for a truncated one, and lengths in tokens."""
     uniform = repeated_uniform(len(rows) * samples, max_new_tokens, seed)
-    size = max(1, 256 // samples)                               # prompts at a time
+    longest = max(len(row["ids"]) for row in rows) + max_new_tokens
+    size = eval_batch_size(policy, longest, samples)            # prompts at a time
     texts, lengths = [], []
     for i in range(0, len(rows), size):
         prompts = [row["ids"] for row in rows[i:i + size]]
@@ -67,10 +69,8 @@ def sample_responses(policy, tokenizer, rows, samples, max_new_tokens, temperatu
 def response_loss(policy, tokenizer, path, n=200):
     """Nats per response token on the first n demonstrations of a file."""
     rows = read_rows(path, "prompt", "response")[:n]
-    encoded = [encode_response(tokenizer, row, row["response"]) for row in rows]
-    tokens, mask = pad_batch(*zip(*encoded))
-    logp = compute_logp(policy, tokens.to(policy.device), mask)
-    return -logp.sum().item() / mask.sum().item()
+    rows = [tokenize_demonstration(row, tokenizer) for row in rows]
+    return evaluate_loss(policy, rows, Config())["loss"]
 
 
 def main(cfg):
@@ -86,10 +86,9 @@ def main(cfg):
         row["ids"] = encode_prompt(tokenizer, row)
         answer = row["answer"] if "answer" in row else row["response"]
         gold.append(answer_number(answer))
-    group = {}                                                  # rows that are not independent
-    for row in rows:
-        group.setdefault(row.get("split_by", row["_line"]), len(group))
-    group = torch.tensor([group[row.get("split_by", row["_line"])] for row in rows])
+    keys = [row.get("split_by", row["_line"]) for row in rows]
+    number = {key: i for i, key in enumerate(keys)}
+    group = torch.tensor([number[key] for key in keys])         # rows that are not independent
 
     greedy, _ = sample_responses(
         policy, tokenizer, rows, 1, cfg.max_new_tokens, 0.0, cfg.seed)

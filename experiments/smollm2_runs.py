@@ -3,8 +3,8 @@ SmolLM2-135M-Instruct post-trained by every algorithm: the tables and figures of
 
     python experiments/smollm2.py out/smollm2
     python experiments/arithmetic.py out/arithmetic
-    python experiments/smollm2_runs.py                  three hours on two CPU cores
-    python experiments/smollm2_runs.py --runs grpo      half an hour
+    python experiments/smollm2_runs.py                  all, hours on two CPU cores
+    python experiments/smollm2_runs.py --runs grpo      one of them, here with its three seeds
 
 Runs that are already in out/smollm2_runs are not repeated. Two train at a time, on one thread each.
 The settings are those of the first try. The tables show questions that were in no file to train on.
@@ -13,7 +13,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -23,7 +22,8 @@ from common import load  # noqa: E402
 from common.data import read_rows  # noqa: E402
 from common.evaluate import evaluate  # noqa: E402
 from common.tokenizer import encode_prompt  # noqa: E402
-from compare import interval, ktokens, plot_seeds, read_json, read_log, write_json  # noqa: E402
+from compare import (interval, ktokens, plot_seeds, read_json, read_log, train,  # noqa: E402
+                     write_json)
 from evaluate import response_loss  # noqa: E402
 
 OUT, BASE, ROWS = "out/smollm2_runs", "out/smollm2", "out/arithmetic"
@@ -61,25 +61,13 @@ def folder(name, seed):
     return f"{OUT}/{name}_{seed}"
 
 
-def train(name, seed):
-    """Run a script, unless it has finished. What it prints is in a file beside the run's folder."""
-    out = folder(name, seed)
-    if os.path.exists(f"{out}/seconds.json"):
-        return
-    script, *flags = RUNS[name][1].split()
-    command = [sys.executable, os.path.join(ROOT, script), *flags, "--out", out]
-    command += ["--system", SYSTEM, "--seed", str(seed)]
-    start = time.perf_counter()
-    with open(f"{out}.log", "w", encoding="utf-8") as log:
-        subprocess.run(command, check=True, stdout=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    write_json(f"{out}/seconds.json", {"seconds": time.perf_counter() - start})
-
-
 def run(name, seed, needed=()):
     """Train and measure one run, unless that has been done. needed: runs to wait for."""
     for future in needed:
         future.result()
-    train(name, seed)
+    script, *flags = RUNS[name][1].split()
+    train(script, folder(name, seed), *flags, "--system", SYSTEM, "--seed", str(seed),
+          OMP_NUM_THREADS="1")
     if name != "reward" and not os.path.exists(f"{folder(name, seed)}/result.json"):
         command = [sys.executable, __file__, "--measure", name, str(seed)]
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -175,7 +163,6 @@ def main():
     if args.measure:
         name, seed = args.measure
         return measure_run(name, int(seed))
-    os.makedirs(OUT, exist_ok=True)
     names = [name for name in RUNS if name in args.runs]
     if {"dpo", "ppo"} & set(names) and "reward" not in names:
         names.insert(0, "reward")

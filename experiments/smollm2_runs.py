@@ -6,7 +6,8 @@ SmolLM2-135M-Instruct post-trained by every algorithm: the tables and figures of
     python experiments/smollm2_runs.py                  all, hours on two CPU cores
     python experiments/smollm2_runs.py --runs grpo      one of them, here with its three seeds
 
-Runs that are already in out/smollm2_runs are not repeated. Two train at a time, on one thread each.
+Runs that are already in out/smollm2_runs are not repeated. Two train at a time, on one thread each;
+--jobs 12 trains twelve at a time, on a GPU.
 The settings are those of the first try. The tables show questions that were in no file to train on.
 """
 import argparse
@@ -46,12 +47,12 @@ RUNS = {
     "grpo": (3, f"grpo.py {QUESTIONS} {GROUPS} --steps 40"),
     "sft": (1, f"sft.py {QUESTIONS} {HELD_OUT} --steps 48 --batch 16 --warmup 3 --lr 2e-5"),
     "dapo": (1, f"dapo.py {QUESTIONS} {GROUPS} --steps 40 --overlong_cache 8"),
-    "dpo": (1, f"dpo.py {COMMON} {PAIRS} {HELD_OUT} --max_new_tokens 32 --batch 16 --warmup 3 "
+    "dpo": (3, f"dpo.py {COMMON} {PAIRS} {HELD_OUT} --max_new_tokens 32 --batch 16 --warmup 3 "
                "--lr 5e-6"),
     "ppo_rule": (1, f"ppo.py {QUESTIONS} {PPO} --reward rule"),
     "ppo": (1, f"ppo.py {QUESTIONS} {PPO} --reward {OUT}/reward_0"),
-    "dapo_stories": (1, f"dapo.py {STORIES} {GROUPS} --steps 12 --overlong_cache 8"),
-    "grpo_stories": (1, f"grpo.py {STORIES} {GROUPS} --steps 30"),
+    "dapo_stories": (3, f"dapo.py {STORIES} {GROUPS} --steps 12 --overlong_cache 8"),
+    "grpo_stories": (3, f"grpo.py {STORIES} {GROUPS} --steps 30"),
 }
 COLUMNS = ["greedy", "accuracy", "pass@8", "eos_rate", "length", "kl_seq", "minus greedy",
            "other text", "ktokens", "minutes", "mem_gb"]
@@ -158,6 +159,7 @@ def draw_figures():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, 6 to 9 GB each")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -167,7 +169,7 @@ def main():
     if {"dpo", "ppo"} & set(names) and "reward" not in names:
         names.insert(0, "reward")
     futures = {}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         for name in names:
             needed = [futures["reward", 0]] if name in ("dpo", "ppo") else []
             for seed in range(RUNS[name][0]):

@@ -175,7 +175,7 @@ def train(cfg):
     B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reward_model]
-    estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B * longest)
+    estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B, longest)
     run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS)
 
     def evaluate_policy(rows, samples=1):

@@ -210,7 +210,7 @@ def train(cfg):
     B, micro_tokens = cfg.prompts, cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
-    estimate_memory(device, optimizer, [policy, critic], frozen, micro_tokens, B * longest)
+    estimate_memory(device, optimizer, [policy, critic], frozen, micro_tokens, B, longest)
     run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS, reference,
               critic=critic)
 

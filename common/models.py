@@ -5,6 +5,7 @@ import copy
 import os
 import subprocess
 import sys
+import warnings
 
 import torch
 
@@ -22,10 +23,33 @@ def setup(cfg):
     # oneDNN, which multiplies bf16 on CPUs, keeps what it compiled for 1,024 shapes by default, and
     # ours vary: 40 MB more at every step of a model of 135 million parameters
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    if torch.cuda.is_available():
+    if cuda_works():
         torch.backends.cuda.enable_cudnn_sdp(False)   # it plans anew for every shape, and ours vary
+        # partial sums of bf16 products stay float32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def cuda_works():
+    """Whether there is a GPU that this torch can use. A driver that is too old is said in a line,
+    since the run goes on without the GPU; a GPU that torch has no kernels for ends the run."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if caught and not available:
+        print(f"warning: no GPU is used: {first_line(caught[0].message)}")
+    if available:
+        try:
+            torch.ones(1, device="cuda").add_(1)
+        except RuntimeError as e:
+            raise InputError(f"the GPU does not run: {first_line(e)}; install a torch build for it "
+                             "and its driver, or set CUDA_VISIBLE_DEVICES= to use the CPU") from None
+    return available
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0]
 
 
 def ensure_checkpoint(folder, script, default, seed, *flags):

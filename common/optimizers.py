@@ -47,35 +47,42 @@ class Optimizers:
 
 
 def orthogonalize(x, steps=5):
-    """x (m, n) with singular values near 1, by Newton-Schulz iterations in x's own precision. The
-    coefficients are those of https://kellerjordan.github.io/posts/muon."""
+    """Matrices x (..., m, n) with singular values near 1, by Newton-Schulz iterations in x's own
+    precision. The coefficients are those of https://kellerjordan.github.io/posts/muon."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = x / x.norm().clamp(min=1e-7)
-    if x.size(0) > x.size(1):
-        return orthogonalize(x.T, steps).T
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    if x.size(-2) > x.size(-1):
+        return orthogonalize(x.mT, steps).mT
     for _ in range(steps):
-        gram = x @ x.T                                                      # (m, m)
+        gram = x @ x.mT                                                     # (..., m, m)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
 class Muon(torch.optim.Muon):
     """torch's Muon in float32. torch iterates in bf16, which most CPUs emulate: an SFT step took
-    three times as long."""
+    three times as long. Matrices of one shape, those of all layers, are one batch: on a GPU what
+    counts is the number of operations."""
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
+            same_shape = {}                                    # shape: parameters, directions
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - momentum)
-                update = orthogonalize(p.grad.lerp(average, momentum))      # Nesterov
-                p.mul_(1 - lr * group["weight_decay"])
-                # updates of AdamW's size, so that both share a learning rate and a decay
-                p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))   # arXiv 2502.16982
+                params, directions = same_shape.setdefault(p.shape, ([], []))
+                params.append(p)
+                directions.append(p.grad.lerp(average, momentum))           # Nesterov
+            for params, directions in same_shape.values():
+                updates = orthogonalize(torch.stack(directions))            # (layers, m, n)
+                for p, update in zip(params, updates):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    # of AdamW's size, so that both share a learning rate and a decay
+                    p.add_(update, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))  # arXiv 2502.16982
 
 
 def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, eps=1e-8):

@@ -11,7 +11,7 @@ from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
 from model import LinearLogp, autocast, uses_bf16
 
-# evaluation keeps so many tokens, and so many bytes of them, in the KV cache at a time
+# evaluation samples so many tokens at a time, and responses that take so many bytes
 EVAL_BATCH_TOKENS = 2 ** 17
 EVAL_BATCH_BYTES = {"cpu": 2 ** 30}                       # elsewhere 8 GiB
 MIN_REWARD_STD = 0.1              # PPO divides rewards by their standard deviation, or by this
@@ -68,18 +68,24 @@ def pad_rankings(batch, K):
     return tokens.view(P, K, -1), mask.view(P, K, -1), torch.tensor(ranks).view(P, K)
 
 
-def eval_batch_tokens(model):
-    """Tokens that evaluation keeps in the KV cache at a time."""
+def cache_bytes(model):
+    """Bytes of a token's keys and values."""
     cfg = model.cfg
     size = 2 if uses_bf16(model) else 4
-    bytes_per_token = 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size
-    limit = EVAL_BATCH_BYTES.get(model.device.type, 2 ** 33)
-    return min(EVAL_BATCH_TOKENS, limit // bytes_per_token)
+    return 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * size
+
+
+def sampling_bytes(model):
+    """Bytes of a row while a token is sampled: logits, probabilities, and a copy of them."""
+    return 3 * 4 * model.cfg.vocab_size
 
 
 def eval_batch_size(model, longest, samples=1):
     """Prompts that evaluation runs at a time. longest: tokens of the longest sequence."""
-    return max(1, eval_batch_tokens(model) // (samples * longest))
+    limit = EVAL_BATCH_BYTES.get(model.device.type, 2 ** 33)
+    rows = limit // (longest * cache_bytes(model) + sampling_bytes(model))
+    rows = min(rows, EVAL_BATCH_TOKENS // longest)
+    return max(1, rows // samples)
 
 
 def default_micro_batch_tokens(device):
@@ -270,13 +276,14 @@ def configure_blocks(model, gradient_checkpointing, compile):
         block.compile(dynamic=True)
 
 
-def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0, rollout_tokens=0):
+def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0, responses=0,
+                    longest=0):
     """Print what a run will hold, and return it: {part: bytes}.
 
-    frozen may contain None. rollout_tokens are in the KV cache at once. Activations are those of
-    one micro-batch of the largest model: per token, the input of every norm and product of a block,
-    or only the block's input where it is recomputed. Generation and update never overlap, so
-    their peaks do not add up.
+    frozen may contain None. A rollout has `responses` sequences of up to `longest` tokens.
+    Activations are those of one micro-batch of the largest model: per token, the input of every
+    norm and product of a block, or only the block's input where it is recomputed. Generation (cache
+    and sampling) and update never overlap, so their peaks do not add up.
     """
     def size(model):
         return sum(p.numel() * p.element_size() for p in model.parameters())
@@ -301,17 +308,20 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         for group in part.param_groups:
             moments += sum(p.numel() * 4 * copies for p in group["params"])
     weights = sum(size(model) for model in trained)
+    eval_tokens = EVAL_BATCH_BYTES.get(device.type, 2 ** 33) // cache_bytes(trained[0])
+    eval_tokens = min(EVAL_BATCH_TOKENS, eval_tokens)
     plan = {
         "weights": weights,
         "gradients": weights,
         "moments": moments,
         "frozen": sum(size(model) for model in frozen if model is not None),
         "bf16 copies": size(trained[0]) // 2 if bf16 else 0,
-        "cache": max(rollout_tokens, eval_batch_tokens(trained[0])) * 2 * cfg.n_layer * K * D * e,
+        "cache": max(responses * longest, eval_tokens) * cache_bytes(trained[0]),
+        "sampling": responses * sampling_bytes(trained[0]),
         "activations": budget * (norms // 2 + kept),
         "logits": 2 * 4 * LinearLogp.TILE[device.type] + cfg.vocab_size * C * (6 if bf16 else 4),
     }
-    peak = sum(plan.values()) - min(plan["cache"], plan["activations"])
+    peak = sum(plan.values()) - min(plan["cache"] + plan["sampling"], plan["activations"])
     unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
     line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"

@@ -295,7 +295,7 @@ def test_a_decoding_step_can_be_replayed(family, monkeypatch):
         return model.generate(PROMPTS, 4, 12, temperature=1.5, uniform=uniform)
 
     def capture(step, device):
-        _, token, position, cache, _ = step.args
+        _, _, token, position, cache, _ = step.args
 
         def addresses():
             tensors = [token, position, cache.column, cache.bias]

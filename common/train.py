@@ -310,6 +310,7 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
     weights = sum(size(model) for model in trained)
     eval_tokens = EVAL_BATCH_BYTES.get(device.type, 2 ** 33) // cache_bytes(trained[0])
     eval_tokens = min(EVAL_BATCH_TOKENS, eval_tokens)
+    tile = min(LinearLogp.TILE[device.type], budget * cfg.vocab_size)
     plan = {
         "weights": weights,
         "gradients": weights,
@@ -319,7 +320,7 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         "cache": max(responses * longest, eval_tokens) * cache_bytes(trained[0]),
         "sampling": responses * sampling_bytes(trained[0]),
         "activations": budget * (norms // 2 + kept),
-        "logits": 2 * 4 * LinearLogp.TILE[device.type] + cfg.vocab_size * C * (6 if bf16 else 4),
+        "logits": 2 * 4 * tile + cfg.vocab_size * C * (6 if bf16 else 4),
     }
     peak = sum(plan.values()) - min(plan["cache"] + plan["sampling"], plan["activations"])
     unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)

@@ -11,6 +11,7 @@ import random
 import re
 import shlex
 import signal
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import common.checkpoint
 import common.models
 import common.run
+import grpo
 import model as M
 import ppo
 from common import InputError, load
@@ -785,6 +787,39 @@ def test_default_folders_are_recognised_where_paths_have_backslashes(monkeypatch
         Config = config_class(name)
         assert parse_config(Config, []) == Config()
         assert parse_config(Config, ["--out", ".\\out\\mine\\"]).out == "out/mine"
+
+
+@pytest.mark.parametrize("name", ["grpo.py", "sft.py"])
+def test_a_gpu_out_of_memory_ends_in_one_line_with_the_flags_that_help(
+        name, adder, run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(M.GPT, "token_logp", full)
+    line = run(name, *quick(name, adder), "--out", "out")
+    assert "CUDA out of memory" in line
+    for flag in ("--gradient_checkpointing", "--micro_batch_tokens"):
+        assert flag in line
+
+
+def test_a_gpu_that_cannot_be_used_is_told_at_the_start(adder, run, monkeypatch, capsys):
+    """A driver that is too old, where the CPU is used, and a card without kernels in this torch."""
+    def old_driver():
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old\nmore")
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", old_driver)
+    assert common.models.setup(grpo.Config()).type != "cuda"
+    assert "no GPU is used: CUDA initialization: The NVIDIA" in capsys.readouterr().out
+
+    def no_kernel(*_, **__):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    line = run("grpo.py", *quick("grpo.py", adder), "--out", "out")
+    assert "no kernel image" in line and "CUDA_VISIBLE_DEVICES=" in line
+    assert not os.path.exists("out")
 
 
 class NoFloat64(TorchDispatchMode):

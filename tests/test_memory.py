@@ -8,13 +8,15 @@ import types
 import pytest
 import torch
 
+import common.train
 import dapo
 import dpo
 import grpo
 import model as M
 import ppo
 from common.optimizers import Optimizers, make_optimizer
-from common.train import default_micro_batch_tokens, estimate_memory, freeze
+from common.train import (default_micro_batch_tokens, estimate_memory, eval_batch_size,
+                          freeze)
 from conftest import FAMILIES, PROMPTS, bf16_devices, gradients, tiny
 from model import GPT, GPTConfig, ScalarModel
 
@@ -91,6 +93,22 @@ def test_the_estimate_counts_what_is_allocated(family, bf16, monkeypatch, capsys
     inputs = kept_for_backward(model, tokens)          # and in backward one block at a time
     again = estimate_memory(CPU, optimizer, [model], micro_batch_tokens=512)["activations"]
     assert abs(again / (inputs + whole / 4) - 1) < 0.1 and again < 0.5 * whole
+
+
+def test_an_evaluation_at_a_large_vocabulary_takes_fewer_prompts_at_a_time(monkeypatch):
+    """A row holds its cache, and 12 bytes for every token of the vocabulary while it is sampled:
+    5 GB for 3,000 rows at 151,936."""
+    monkeypatch.setattr(common.train, "EVAL_BATCH_BYTES", {"cpu": 2 ** 30})
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=151_936, n_layer=1, n_embd=32, n_head=1, n_kv_head=1))
+    model = types.SimpleNamespace(cfg=model.cfg, device=CPU)
+    row = 12 * 151_936 + 40 * 2 * 32 * 4
+    for samples in (1, 8):
+        n = eval_batch_size(model, longest=40, samples=samples)
+        assert n * samples * row <= 2 ** 30 < (n + 1) * samples * row
+    assert eval_batch_size(model, 40, samples=10 ** 6) == 1
+    monkeypatch.setattr(common.train, "EVAL_BATCH_TOKENS", 400)
+    assert eval_batch_size(model, 40) == 10
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(family):

@@ -25,7 +25,7 @@ from common.optimizers import Muon, make_optimizer, orthogonalize, set_lr
 from common.tokenizer import (FolderTokenizer, TiktokenTokenizer, encode_chat, encode_prompt,
                               encode_response, make_tokenizer)
 from common.train import batches, configure_blocks, micro_batches
-from conftest import PROMPTS, bf16_devices, naive_logp, tiny
+from conftest import FAMILIES, PROMPTS, bf16_devices, naive_logp, tiny
 from model import GPT, GPTConfig, ScalarModel, linear_logp
 
 CPU = torch.device("cpu")
@@ -280,6 +280,10 @@ def test_only_wide_models_run_in_bf16_and_only_where_the_device_has_it(monkeypat
         assert wide.blocks[0].mlp.up(torch.ones(1, 256)).dtype == torch.bfloat16
     monkeypatch.setattr(M, "BF16_MIN_WIDTH", {"cuda": 1})
     assert not M.uses_bf16(wide)
+    for capability, has_bf16 in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        on_a_card = types.SimpleNamespace(device=torch.device("cuda"), cfg=narrow.cfg)
+        assert M.uses_bf16(on_a_card) == has_bf16          # a T4 emulates it
 
 
 def test_a_decoding_step_can_be_replayed(family, monkeypatch):
@@ -488,6 +492,52 @@ def test_sampling_never_picks_a_token_of_probability_zero(monkeypatch):
         for u, picked in ((0.0, 1), (1 - eps / 2, 3)):         # the extremes of torch.rand
             u = torch.full((50_000,), u, dtype=dtype)
             assert set(M.sample(p * 0.1 / 3, u).tolist()) == {picked}
+
+
+@pytest.mark.parametrize("V", (128, 300, 384, 1000))
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(V):
+    """Found in two steps, by blocks of 128 tokens; some tokens and whole blocks have no
+    probability."""
+    torch.manual_seed(0)
+    p = torch.rand(2000, V) * (torch.rand(2000, V) < 0.3)
+    p[:, V - 150:V - 10] = 0.0
+    p[:, 0] = 0.0
+    u = torch.rand(2000, dtype=torch.float64)
+    u[:2] = torch.tensor([0.0, 1.0])
+    drawn = M.sample(p, u)
+    c = p.double().cumsum(1)
+    expected = (c <= u[:, None] * c[:, -1:]).sum(1)            # the first token beyond u
+    expected[1] = p[1].nonzero().max()
+    assert torch.equal(drawn, expected)
+    assert (p.gather(1, drawn[:, None]) > 0).all()
+
+
+def test_attention_over_the_cache_is_the_textbook_s_in_both_precisions(family):
+    """The plain products of bf16 and torch's fused kernel, with hidden columns."""
+    torch.manual_seed(0)
+    H, K = 4, FAMILIES[family].get("n_kv_head", 4)
+    q, k, v = torch.randn(3, H, 1, 16), torch.randn(3, K, 9, 16), torch.randn(3, K, 9, 16)
+    bias = torch.zeros(3, 1, 1, 9)
+    bias[0, ..., 5:] = bias[1, ..., 2:4] = -math.inf
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        found = M.decode_attention(*(x.to(dtype) for x in (q, k, v, bias)))
+        assert found.dtype == dtype
+        for b in range(3):
+            for h in range(H):
+                scores = k[b, h * K // H] @ q[b, h, 0] / 4 + bias[b, 0, 0]
+                expected = scores.softmax(0) @ v[b, h * K // H]
+                torch.testing.assert_close(found[b, h, 0].float(), expected, rtol=0,
+                                           atol=tolerance)
+
+
+def test_the_cache_holds_keys_and_values_alone(family):
+    """Views of all queries, keys and values would hold 9 times as much for Qwen 2.5."""
+    model = tiny(family)
+    cache = M.KVCache(2)
+    model(torch.zeros(2, 7, dtype=torch.long), cache=cache)
+    for pair in cache.layers:
+        for x in pair:
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
 
 
 def test_every_token_of_a_large_vocabulary_can_be_drawn():

@@ -494,7 +494,7 @@ def test_sampling_never_picks_a_token_of_probability_zero(monkeypatch):
             assert set(M.sample(p * 0.1 / 3, u).tolist()) == {picked}
 
 
-@pytest.mark.parametrize("V", (128, 300, 384, 1000))
+@pytest.mark.parametrize("V", (128, 300, 420, 1000))
 def test_a_draw_is_the_inverse_of_the_cumulative_distribution(V):
     """Found in two steps, by blocks of 128 tokens; some tokens and whole blocks have no
     probability."""
@@ -509,7 +509,30 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(V):
     expected = (c <= u[:, None] * c[:, -1:]).sum(1)            # the first token beyond u
     expected[1] = p[1].nonzero().max()
     assert torch.equal(drawn, expected)
+    if V == 128:
+        return
+    # at a block's end two sums of its tokens, in two orders, may differ in the last digit
+    p[:, 128] = 0.0
+    for dtype in (torch.float32, torch.float64):               # float32 on MPS alone
+        end = (p[:, :128].double().sum(1) / p.double().sum(1)).to(dtype)
+        for u in (end, torch.nextafter(end, torch.zeros((), dtype=dtype))):
+            drawn = M.sample(p, u)
+            assert (p.gather(1, drawn[:, None]) > 0).all()
+    p[:, 128:] = 0.0                                           # the last blocks are empty
+    drawn = M.sample(p, torch.ones(2000, dtype=torch.float64))
     assert (p.gather(1, drawn[:, None]) > 0).all()
+
+
+def test_tiles_of_log_probs_cover_the_vocabulary_once_in_widths_of_128(monkeypatch):
+    monkeypatch.setattr(M.LinearLogp, "TILE", {"cpu": 2 ** 16})
+    for rows in (1, 77, 200, 513):
+        seen = torch.zeros(rows, 1000)
+        for r, v in M.LinearLogp.tiles(torch.empty(rows, 1), torch.empty(1000, 1)):
+            seen[r, v] += 1
+            width = seen[0, v].numel()
+            assert width % 128 == 0 or width < 128 or v.stop >= 1000
+            assert seen[r, v].numel() <= 2 ** 16
+        assert (seen == 1).all()
 
 
 def test_attention_over_the_cache_is_the_textbook_s_in_both_precisions(family):
@@ -705,10 +728,10 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_muon_is_torchs_but_for_its_precision():
-    """Five steps on matrices of both shapes; torch iterates in bf16. An update's singular values
-    are near 1."""
+    """Five steps on matrices of both shapes, two of one shape; torch iterates in bf16. An update's
+    singular values are near 1."""
     torch.manual_seed(0)
-    start = [torch.randn(12, 40), torch.randn(40, 12)]
+    start = [torch.randn(12, 40), torch.randn(40, 12), torch.randn(12, 40)]
     ours = [torch.nn.Parameter(p.clone()) for p in start]
     theirs = [torch.nn.Parameter(p.clone()) for p in start]
     optimizers = [Muon(ours, lr=0.1, weight_decay=0.1),

@@ -43,8 +43,8 @@ def cuda_works():
         try:
             torch.ones(1, device="cuda").add_(1)
         except RuntimeError as e:
-            raise InputError(f"the GPU does not run: {first_line(e)}; install a torch build for it "
-                             "and its driver, or set CUDA_VISIBLE_DEVICES= to use the CPU") from None
+            raise InputError(f"the GPU does not run: {first_line(e)}; install a torch build for "
+                             "it, or set CUDA_VISIBLE_DEVICES= to use the CPU") from None
     return available
 
 

@@ -6,7 +6,7 @@ What things cost: a line per figure with name, value, unit, and what it is compa
     python experiments/bench.py --peers    beside transformers, and a further group, trl, where they
                                            are installed: an hour, 14 GB
     python experiments/bench.py bf16       bf16 against float32 on a CPU that multiplies it
-    python experiments/bench.py cuda       the group for a GPU; --peers beside liger-kernel, too
+    python experiments/bench.py gpu        all that a GPU can show (bench_gpu.py), seven minutes
 
 Everything is compared with the plain form of the same work, in one process, interleaved, on random
 numbers; times are medians, with the fastest and the slowest run beside them. Memory is the peak
@@ -33,13 +33,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import model as M  # noqa: E402
 from common.evaluate import MetricMean  # noqa: E402
 from common.export import write_folder  # noqa: E402
-from common.models import setup  # noqa: E402
 from common.optimizers import make_optimizer  # noqa: E402
 from common.tokenizer import make_tokenizer  # noqa: E402
-from common.train import (compute_logp, configure_blocks, freeze, micro_batches,  # noqa: E402
-                          pad_batch)
+from common.train import compute_logp, freeze, micro_batches, pad_batch  # noqa: E402
 from dpo import dpo_loss  # noqa: E402
-from grpo import Config, group_advantage, grpo_loss  # noqa: E402
+from grpo import group_advantage, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig, autocast, linear_logp  # noqa: E402
 from sft import sft_loss  # noqa: E402
 
@@ -707,167 +705,6 @@ def bench_growth(peers):
                        f"expected {expected[i] / expected_base[i]:.2f}x")
 
 
-# ---------------------------------------------------------------------------------------- cuda: GPU
-
-GPU_SHAPES = {
-    "GPT-2 124M": dict(vocab_size=50257, block_size=1024, n_layer=12, n_embd=768, n_head=12,
-                       norm="layer", positions="learned", mlp="gelu", bias=True),
-    "Qwen2.5 0.5B": dict(vocab_size=151936, block_size=4096, n_layer=24, n_embd=896, n_head=14,
-                         n_kv_head=2, intermediate_size=4864, rope_theta=1e6, qkv_bias=True),
-}
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def median_seconds(function, device, repeats=5):
-    """Median time of a function, the device's work included."""
-    seconds = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        function()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def reset_gpu_peak(device):
-    """Bytes that are allocated now; the peak is counted from here."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def gpu_peak(device):
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-
-
-def device_limits(device, size):
-    """Bytes per second of a copy, read and written, and operations per second of a bf16 product."""
-    source = torch.empty(size * size, device=device)
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    bandwidth = 2 * source.numel() * 4 / median_seconds(source.clone, device)
-    rate = 2 * size ** 3 / median_seconds(functools.partial(torch.mm, matrix, matrix), device)
-    print_line("copy bandwidth", bandwidth / 1e9, "GB/s")
-    print_line("matrix product, bf16", rate / 1e12, "TFLOP/s")
-    return bandwidth, rate
-
-
-def matrix_parameters(model):
-    """Numbers in the matrices that a token is multiplied with."""
-    n = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    if model.position is not None:
-        n -= model.position.weight.numel()                      # a table that is only read
-    return n
-
-
-def bench_cuda(peers, device=torch.device("cuda"), shapes=GPU_SHAPES, batches=(64, 128, 256, 512),
-               lengths=(128, 256), size=8192, logp_shapes=SHAPES):
-    """What the GPU can do, and how near to it sampling and training come: bytes that a decoding
-    step must read over the speed of a copy, and multiplications of an update over the rate of a
-    large product in bf16. Random weights, equal lengths, no response ends early."""
-    setup(Config())
-    bandwidth, product_rate = device_limits(device, size)
-    for name, shape in shapes.items():
-        torch.manual_seed(0)
-        model = GPT(GPTConfig(**shape)).to(device)
-        for n in batches:
-            bench_gpu_generate(peers, name, model, n, lengths, bandwidth)
-        bench_gpu_update(name, model, lengths, product_rate)
-    bench_gpu_logp(peers, device, logp_shapes)
-
-
-def bench_gpu_generate(peers, name, model, n, lengths, bandwidth):
-    """Tokens per second of n responses, 8 per prompt, beside the limit of the memory."""
-    P, new = lengths
-    cfg, device = model.cfg, model.device
-    prompts = torch.randint(0, cfg.vocab_size, (n // 8, P)).tolist()
-    none = [cfg.vocab_size]                                               # no id ends a response
-    forms = {"ours": functools.partial(our_generate, model, prompts, 8, new, none)}
-    if peers:
-        peer = TransformersGenerate(model, prompts, torch.bfloat16)
-        forms["transformers"] = functools.partial(peer.count, 8, new, ends=False)
-    # bytes, bf16; the cache is half full on average
-    cache = n * (P + new / 2) * 2 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim * 2
-    limit = n / ((2 * matrix_parameters(model) + cache) / bandwidth)
-    rates = {form: n * new / median_seconds(f, device, 3) for form, f in forms.items()}
-    for form, rate in rates.items():
-        print_line(f"generate, {name}, {n} responses, {form}", rate, "tok/s",
-                   f"{rate / limit:.2f} of the limit, ours is {rates['ours'] / rate:.1f}x")
-
-
-def bench_gpu_update(name, model, lengths, product_rate):
-    """Operations per second of a GRPO update on 32 responses, eager and compiled."""
-    P, new = lengths
-    cfg, device = model.cfg, model.device
-    T = P + new
-    optimizer = make_optimizer(model, 1e-5)
-    tokens = torch.randint(0, cfg.vocab_size, (32, T), device=device)
-    mask = (torch.arange(T) >= P).float().expand(32, -1)
-    mask_dev = mask.to(device)
-    adv = torch.randn(32, device=device)
-    ref_logp = torch.zeros(32, T, device=device)
-    head = cfg.vocab_size * cfg.n_embd
-    look = cfg.n_layer * cfg.n_head * cfg.head_dim * T
-    # the second product with the vocabulary, in backward, is not counted
-    work = 6 * (tokens.numel() * (matrix_parameters(model) - head + look) + int(mask.sum()) * head)
-
-    def update():
-        optimizer.zero_grad()
-        for rows, width, index in micro_batches(mask, torch.arange(32), 0, device):
-            with autocast(model):
-                logp, _ = model.token_logp(tokens[rows, :width], index=index)
-            loss, _ = grpo_loss(logp, logp.detach(), ref_logp[rows, :width], adv[rows],
-                                mask_dev[rows, :width], 0.2, 0.0, 32)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    for form in ("eager", "compiled"):
-        configure_blocks(model, False, form == "compiled")
-        reset_gpu_peak(device)
-        rate = work / median_seconds(update, device)
-        print_line(f"GRPO update, {name}, {form}", rate / 1e12, "TFLOP/s",
-                   f"{rate / product_rate:.2f} of the product's rate, "
-                   f"{gpu_peak(device) / 2 ** 30:.1f} GiB at most")
-
-
-def cast_weight(form):
-    """`form` on a bf16 copy of the matrix: only ours takes a float32 matrix beside bf16 rows."""
-    def call(hidden, weight, targets):
-        return form(hidden, weight.bfloat16(), targets)
-    return call
-
-
-def bench_gpu_logp(peers, device, shapes):
-    """Forward and backward in bf16 over a float32 matrix, beside the naive form and Liger's fused
-    loss, which has no entropy."""
-    forms = {"naive": cast_weight(naive_logp), "ours": linear_logp}
-    if peers:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-
-        def liger_logp(hidden, weight, targets):
-            return [-liger(weight, hidden, targets)]
-
-        forms["Liger"] = cast_weight(liger_logp)
-    for C, V in shapes:
-        hidden, weight, targets = (x.detach().to(device) for x in logp_inputs(C, V))
-        hidden = hidden.bfloat16().requires_grad_()
-        weight.requires_grad_()
-        for name, form in forms.items():
-            both = functools.partial(forward_backward, form, hidden, weight, targets)
-            both()
-            before = reset_gpu_peak(device)
-            seconds = median_seconds(both, device)
-            print_line(f"logp on the GPU, {name}, C={C} V={V}", seconds * 1000, "ms",
-                       f"{(gpu_peak(device) - before) / 2 ** 20:.0f} MB above the inputs")
-
-
 # ------------------------------------------------------------------------- bf16: products on a CPU
 
 BF16_SHAPES = {                   # narrow models, and SmolLM2-135M
@@ -929,15 +766,20 @@ def bench_bf16(peers):
                    seconds["vocabulary"] / seconds["all"], "")
 
 
+def bench_gpu(peers):
+    import bench_gpu
+    bench_gpu.main()
+
+
 GROUPS = {"logp": bench_logp, "generate": bench_generate, "shares": bench_shares,
           "step": bench_step, "growth": bench_growth, "trl": bench_trl, "bf16": bench_bf16,
-          "cuda": bench_cuda}
+          "gpu": bench_gpu}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all but "
-                        "bf16 and cuda, and trl only with --peers")
+                        "bf16 and gpu, and trl only with --peers")
     parser.add_argument("--peers", action="store_true", help="also time other libraries")
     parser.add_argument("--logp_memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--cost", nargs=len(BASE), type=int, help=argparse.SUPPRESS)

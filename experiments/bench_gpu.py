@@ -29,8 +29,8 @@ from common.export import new_files  # noqa: E402
 from common.models import setup  # noqa: E402
 from common.optimizers import make_optimizer  # noqa: E402
 from common.tokenizer import make_tokenizer  # noqa: E402
-from common.train import (compute_logp, configure_blocks, estimate_memory,  # noqa: E402
-                          micro_batches)
+from common.train import (cache_bytes, compute_logp, configure_blocks,  # noqa: E402
+                          estimate_memory, micro_batches)
 from grpo import Config, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig, autocast, linear_logp  # noqa: E402
 
@@ -266,8 +266,8 @@ def generate(sizes):
             prompts = random_prompts(model, n // 8, sizes.prompt)
             ours = functools.partial(our_generate, model, prompts, 8, sizes.new, [cfg.vocab_size])
             rate = n * sizes.new / median_seconds(sizes, ours)
-            # bf16; the cache is half full on average
-            cache = n * (sizes.prompt + sizes.new / 2) * 4 * cfg.n_layer * cfg.n_kv_head * cfg.head_dim
+            # weights in bf16; the cache is half full on average
+            cache = n * (sizes.prompt + sizes.new / 2) * cache_bytes(model)
             limit = n * bandwidth / (2 * matrix_parameters(model) + cache)
             figures = {"tok_s": rate, "of_limit": rate / limit}
             if has_peer:

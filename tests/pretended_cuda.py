@@ -4,10 +4,11 @@ A CUDA device that is the CPU, for tests of the CUDA code where there is no GPU.
     with PretendedCuda(monkeypatch) as gpu:
         model.to("cuda").generate(...)
 
-A tensor that is created on "cuda" or moved there computes on the CPU, but says that it is on cuda:0.
-What CUDA would not do raises: an operation on tensors of both devices, and a wait for the GPU while
-a graph is captured. A captured graph is replayed as CUDA does it: the same operations on the same
-tensors, results in the same places. `gpu.waits` names the operations that waited for the GPU.
+A tensor that is created on "cuda" or moved there computes on the CPU, but says that it is on
+cuda:0. What CUDA would not do raises: an operation on tensors of both devices, and a wait for the
+GPU while a graph is captured. A captured graph is replayed as CUDA does it: the same operations on
+the same tensors, results in the same places. `gpu.waits` names the operations that waited for the
+GPU.
 """
 import contextlib
 import types
@@ -92,7 +93,10 @@ class PretendedCuda(TorchFunctionMode):
             groups = by_device(tensors, *more)
             return {(CUDA, key[1]): value for key, value in groups.items()}
 
-        monkeypatch.setattr(torch, "autocast", lambda _, *args, **more: autocast("cpu", *args, **more))
+        def cpu_autocast(device_type, *args, **more):
+            return autocast("cpu", *args, **more)
+
+        monkeypatch.setattr(torch, "autocast", cpu_autocast)
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: enabled("cpu"))
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: dtype("cpu"))
         monkeypatch.setattr(group, "_group_tensors_by_device_and_dtype", say_cuda)

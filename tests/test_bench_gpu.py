@@ -1,4 +1,5 @@
-"""The benchmark for a GPU, with tiny sizes on the CPU.   python -m pytest tests/test_bench_gpu.py"""
+"""The benchmark for a GPU, with tiny sizes on the CPU.
+python -m pytest tests/test_bench_gpu.py"""
 import json
 
 import pytest

@@ -39,7 +39,7 @@ from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (batches, compute_logp, compute_reward, estimate_memory, freeze,
                           measure_reward, micro_batches)
-from common.verifier import answer_number
+from common.verifier import answer_number, gold_number
 from model import autocast
 
 
@@ -148,7 +148,7 @@ def score(row, response):
     built-in task: one '#', then the sum in two digits. Other rows: the number in "answer"."""
     if "two_digits" in row:
         return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])
-    answer = answer_number(str(row.get("answer")))
+    answer = gold_number(row.get("answer"))
     return None if answer is None else float(answer_number(response) == answer)
 
 

@@ -53,7 +53,7 @@ from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (batches, compute_values, estimate_memory, eval_batch_size, micro_batches,
                           pad_batch, pad_rankings)
-from common.verifier import answer_number, checked_score
+from common.verifier import answer_number, checked_score, gold_number
 from model import ScalarModel, autocast
 
 
@@ -136,7 +136,7 @@ def score(row, response):
     built-in task: one '#', then the sum in two digits. Other rows: the number in "answer"."""
     if "two_digits" in row:
         return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])
-    answer = answer_number(str(row.get("answer")))
+    answer = gold_number(row.get("answer"))
     return None if answer is None else float(answer_number(response) == answer)
 
 

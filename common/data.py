@@ -194,7 +194,8 @@ def load_prompts(cfg, tokenizer, score, block_size, need_answer=True, eval_promp
     def prepare(rows):
         rows = filter_rows(rows, lambda row: row["prompt"], "the prompt is empty")
         if need_answer:
-            rows = filter_rows(rows, has_answer, 'no number in "answer", so `score` returns None')
+            reason = '"answer" is not wholly one number, so `score` returns None'
+            rows = filter_rows(rows, has_answer, reason)
         return tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size)
 
     if not cfg.data:

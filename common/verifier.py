@@ -1,5 +1,7 @@
 """
-The numeric verifier: the number that a text states, compared exactly. Nothing is evaluated.
+The numeric verifier: the number that a text states, compared exactly. Nothing is evaluated or
+guessed: what is not wholly one number is none. A right response that is not recognised loses a
+reward; a wrong one that is paid teaches the model to be wrong.
 """
 import math
 import os
@@ -9,50 +11,156 @@ from fractions import Fraction
 
 from common.tokenizer import InputError
 
-NUMBER = re.compile(r"""
-    (?<![0-9A-Za-z.]) (?<![0-9][eE][-+])               # not inside a word, a decimal or an exponent
-    ([-+]?) \$? (?: ([0-9]+) [ ]+ (?=[0-9]+/[0-9]) )?               # sign; the 3 of 3 1/2
-    ( (?: [0-9]{1,3} (?:,[0-9]{3})+ | [0-9]+ ) (?:\.[0-9]+)? | \.[0-9]+ )  # 1,234.5 or 1234.5 or .5
-    (?! [0-9] | \.[0-9] | [eE][-+]?[0-9] )                          # and all of it
-    (?: / ([0-9]+ (?:\.[0-9]+)?) )?                        # the denominator of a fraction""", re.X)
+# minus signs, full-width signs and digits, spaces
+SAME = str.maketrans(
+    "\u2212\u2013\u2010\u2011\ufe63\uff0d\uff0b\uff0e\uff0c\uff05\uff04"
+    "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19"
+    "\u00a0\u2002\u2003\u2009\u200a\u202f\u3000\t",
+    "------+.,%$" + "0123456789" + " " * 8)
+# LaTeX that sets a number and is no part of it
+LATEX = [(r"\\[()\[\]!]|\$\$|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle", ""),
+         (r"\\[,;: ]|~|\\q?quad(?![a-z])", " "), (r"\{,\}", ","), (r"\\\$", "$"),
+         (r"\\%|\bper ?cent\b", "%"),
+         (r"(?:\^\{?\\circ\}?|\\degree\b|\u00b0) *(?:[CF]\b)?", " degrees "),
+         (r"\\times(?![a-z])|\\cdot(?![a-z])|\u00d7", "*"),
+         (r"(?<=[0-9])\\([dt]?frac)", r" \\\1"),                            # 3\frac{1}{2} -> 3 1/2
+         (r"\\[dt]?frac *\{ *(-?) *([0-9.]+) *\} *\{ *([0-9.]+) *\}", r"\1\2/\3"),
+         (r"\\[dt]?frac *([0-9])(?: *([0-9])(?![0-9])| *\{([0-9]+)\})", r"\1/\2\3"),  # \frac12
+         (r"(?<=[0-9]) +(?=[0-9]{3}(?: [0-9]{3})*(?![0-9]))(?<![0-9]{4} )", "\0")]
+CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
+INTEGER = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)"  # 12,34,567 too
+VALUE = re.compile(rf"""
+    (?: (?P<sign>[-+]) (?P<space>[ ]*) )? (?: [{CURRENCY}] [ ]* (?P<inner>-?) )?
+    (?: (?P<whole>[0-9]+) [ ]+ (?=[0-9]+/[0-9]) )?                          # the 3 of 3 1/2
+    (?P<number> {INTEGER} (?:\.[0-9]+)? | \.[0-9]+ )
+    (?: / (?P<below>[0-9]+(?:\.[0-9]+)?)                                    # the 2 of 1/2
+      | (?:[eE] | [ ]*[*x][ ]*10\^\{{?) (?P<power>[-+]?[0-9]{{1,3}}) \}}? )?   # 6e5, 6 x 10^5
+    (?! [0-9] | [.,/][0-9] )""", re.X)                                      # and all of it
+
+# words that make another number of the one before them
+SCALES = set("""hundred hundreds thousand thousands million millions billion billions trillion
+    trillions k bn mn lakh lakhs crore crores dozen dozens score squared cubed factorial half halves
+    third thirds quarter quarters fourth fourths fifth fifths tenth tenths hundredth
+    hundredths""".split())
+# words with which it is an expression, a list, a time or a date
+OTHER = SCALES | set("""or and to through until by times x plus minus over divided multiplied mod
+    modulo remainder r root of out more less fewer than point pi am pm noon bc ad january february
+    march april may june july august september october november december jan feb mar apr jun jul aug
+    sep sept oct nov dec""".split())
+WORD = re.compile(r"[^\W\d_]+(?:['.-][^\W\d_]+)*")
+LATEX_UNIT = re.compile(r" *\\(?:text|mathrm|textrm|mbox) *\{([^\W\d_]|[ ./'-])*\}")
+
+
+def plain(text):
+    """A text with one spelling for each sign, and without the LaTeX that only sets numbers."""
+    text = text.translate(SAME)
+    for pattern, replacement in LATEX:
+        text = re.sub(pattern, replacement, text)
+    return text.replace("\0", "")                      # 1 234 567 -> 1234567
+
+
+def value_of(found):
+    """The exact Fraction of a match of VALUE, or None."""
+    signs = (found["sign"] or "") + (found["inner"] or "")
+    try:
+        value = Fraction(found["number"].replace(",", "")) / Fraction(found["below"] or 1)
+        value += Fraction(found["whole"] or 0)
+        value *= Fraction(10) ** int(found["power"] or 0)
+    except (ZeroDivisionError, ValueError):            # ValueError: thousands of digits
+        return None
+    if len(signs) > 1:
+        return None
+    return -value if signs == "-" else value
+
+
+def is_unit(text, max_words):
+    """Whether what stands behind a number is a unit of at most so many words, or nothing. With many
+    words it may be a sentence, which says no more about the number."""
+    if re.match(r"[*_` ]*[-/!:'(]", text) or max_words <= 3 and re.search("[(!]", text):
+        return False
+    for found in LATEX_UNIT.finditer(text):            # a letter in \\text is no variable
+        if OTHER.isdisjoint(WORD.findall(found[0].lower())):
+            text = text.replace(found[0], " units", 1)
+    text = re.sub(r"(?<=[A-Za-z])\^\{?[23]\}?|[\u00b2\u00b3]", "", text)         # cm^2
+    text = text.strip().strip(f".%*{CURRENCY} ")
+    if re.search(r"""[^\w\s.,;:!?()"'/-]|[\d_]""", text):
+        return False
+    words = WORD.findall(text.lower())
+    if len(words) > max_words or not OTHER.isdisjoint(words):
+        return False
+    letters = words if max_words <= 3 else words[:1]   # 3x; behind a sentence's number also "a"
+    return not any(len(word) == 1 and word.isascii() for word in letters)
+
+
+def whole_number(text, max_words=3):
+    """The Fraction that a text is as a whole, but for a unit; None if it is anything else."""
+    text = plain(text).strip().strip("*_`").strip()
+    inner = re.fullmatch(r"\\(?:text|mathrm|mathbf|textbf|bf) *\{([^{}]*)\}", text)
+    text = inner[1].strip() if inner else text
+    found = VALUE.match(text)
+    if not found or not is_unit(text[found.end():], max_words):
+        return None
+    return value_of(found)
+
+
+def last_number(text):
+    """The last number of a text without a mark, unless it is a part of a formula, a list or a
+    larger number: "1 or 2", "\\sqrt{2}", "3x" and "5 million" give None."""
+    text = plain(text)
+    found = None
+    for found in VALUE.finditer(text):
+        pass
+    if found is None:
+        return None
+    before, after = text[:found.start()], text[found.end():]
+    if re.search(r"\d", after) or re.search(r"[\w.^/\\*({\[]$|\d[,:]$", before):
+        return None
+    operator = re.search(r"(?:\d|\)|\b[A-Za-z]) *$", before)         # 5 - 42, x - 42
+    if found["sign"] and (operator or found["space"]):
+        return None
+    if re.search(r"\d[^\s\d]*(?: [A-Za-z]+)?(?:,| or| and| to| through)\s*$", before):
+        return None
+    if re.match(r"\s*[\^_\\{(\[*/+=<>!-]|\s?[A-Za-z]\b", after):
+        return None
+    word = WORD.match(after.strip().lower())
+    if word and word[0] in SCALES:
+        return None
+    return value_of(found)
 
 
 def answer_number(text):
-    """The number that a text gives as its answer, as an exact Fraction, or None.
+    """The number that a response gives as its answer, as an exact Fraction, or None.
 
-    After the last "####" if there is one, else in the last \\boxed{...}, else the last number of
-    the text. Commas, $ and % are dropped (5% is 5); signs, decimals, fractions and mixed numbers
-    count; "42." and "42.0" are 42. A formula such as \\sqrt{2} after "####" or in a box is no
-    number. Nothing is evaluated."""
-    text = text.replace("\u2212", "-")                 # the minus sign of Unicode
-    marked = "####" in text or "\\boxed" in text
+    What stands after the last "####" must begin with it, else the last \\boxed{...} must be it,
+    else the text is it, or it is the last number of the text. 5% is 5; "42." and "42.0" are 42."""
     if "####" in text:
         text = text.rpartition("####")[2].split("\n")[0]
+        if "\\boxed" not in text:
+            return whole_number(text, max_words=1000)
+    if "\\boxed" in text:
+        return whole_number(in_braces(text.rpartition("\\boxed")[2].lstrip()))
+    number = whole_number(text)
+    return last_number(text) if number is None else number
+
+
+def gold_number(answer):
+    """The number that a row calls right, as an exact Fraction: of what stands after "####", in a
+    last box, or of all of it, which must be one number with at most a unit. None for anything else,
+    for which a row is dropped."""
+    text = str(answer)
+    if "####" in text:
+        text = text.rpartition("####")[2]
     if "\\boxed" in text:
         text = in_braces(text.rpartition("\\boxed")[2].lstrip())
-    text = re.sub(r"(?<=[0-9])\\([dt]?frac)", r" \\\1", text)               # 3\frac{1}{2} -> 3 1/2
-    text = re.sub(r"\\[dt]?frac\{([0-9.]+)\}\{([0-9.]+)\}", r"\1/\2", text)
-    for latex, plain in (("\\$", "$"), ("\\%", "%"), ("{,}", ","), ("\\!", ""), ("\\text", ""),
-                         ("$-", "-$")):
-        text = text.replace(latex, plain)
-    found = NUMBER.findall(text)
-    if not found or marked and ("\\" in text or "^" in text):
-        return None
-    sign, whole, numerator, denominator = found[0] if marked else found[-1]
-    try:
-        value = Fraction(numerator.replace(",", "")) / Fraction(denominator or 1)
-        value += Fraction(whole or 0)
-    except (ZeroDivisionError, ValueError):            # ValueError: thousands of digits
-        return None
-    return -value if sign == "-" else value
+    return whole_number(text)
 
 
 def states_number(text):
     """Whether a text marks its answer, once: alone after a last "####", or in \\boxed{...}."""
-    tail = text.replace("\u2212", "-").rpartition("####")[2].strip().rstrip(".%")
-    alone = "\\boxed" in text or NUMBER.fullmatch(tail)
     marks = text.count("####") + text.count("\\boxed")
-    return bool(alone and marks == 1 and answer_number(text) is not None)
+    if marks != 1 or answer_number(text) is None:
+        return False
+    return "\\boxed" in text or whole_number(text.rpartition("####")[2], max_words=0) is not None
 
 
 def is_right(score):

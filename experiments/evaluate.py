@@ -24,7 +24,7 @@ from common.data import read_rows, tokenize_demonstration  # noqa: E402
 from common.evaluate import half_interval, repeated_uniform  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
 from common.train import eval_batch_size  # noqa: E402
-from common.verifier import answer_number  # noqa: E402
+from common.verifier import answer_number, gold_number  # noqa: E402
 from sft import Config, evaluate_loss  # noqa: E402
 
 READINGS = ("rule", "last", "strict")
@@ -85,7 +85,7 @@ def main(cfg):
     for row in rows:
         row["ids"] = encode_prompt(tokenizer, row)
         answer = row["answer"] if "answer" in row else row["response"]
-        gold.append(answer_number(answer))
+        gold.append(gold_number(answer))
     keys = [row.get("split_by", row["_line"]) for row in rows]
     number = {key: i for i, key in enumerate(keys)}
     group = torch.tensor([number[key] for key in keys])         # rows that are not independent

@@ -2,12 +2,13 @@
 files are.   python -m pytest tests/test_numbers.py"""
 import json
 import os
+import random
 from fractions import Fraction
 
 import pytest
 
 import grpo
-from common.verifier import answer_number, states_number
+from common.verifier import answer_number, gold_number, states_number
 from conftest import ROOT
 
 TABLE = [
@@ -15,7 +16,7 @@ TABLE = [
     ("so 7\n#### 42", 42), ("#### 1\n#### 42", 42), ("#### 42\nand 7 more", 42),
     (r"\boxed{7} #### 42", 42), ("####42", 42),
     (r"it is \boxed{42}, not 7", 42), (r"\boxed{7} then \boxed{42}", 42),
-    (r"\boxed{\text{so } 42}", 42), (r"\boxed {42}", 42),
+    (r"\boxed {42}", 42), (r"\boxed{42\,}", 42), (r"\boxed{\text{42}}", 42),
     ("first 7, then 42", 42), ("The answer is 42.", 42), ("42", 42), ("A: 42\n", 42),
     (r"#### \boxed{42}", 42), ("#### **42**", 42),
     # the forms of one number
@@ -24,23 +25,57 @@ TABLE = [
     ("#### 1,234", 1234), ("#### $1,234,567.50", Fraction("1234567.5")), ("1{,}234", 1234),
     (r"\$42", 42), ("#### 42 dollars", 42), ("#### .5", Fraction(1, 2)),
     ("#### -42", -42), ("#### \u221242", -42), ("#### -$42", -42), ("#### $-42", -42),
-    ("it fell to -42", -42), ("10-5=5", 5), ("5-42", 42),
+    ("it fell to -42", -42), ("10-5=5", 5),
     ("#### 5%", 5), ("5 %", 5), ("#### 0.05", Fraction(1, 20)), ("#### 3/4", Fraction(3, 4)),
     (r"\boxed{\frac{3}{4}}", Fraction(3, 4)),
     (r"\boxed{-\dfrac{3}{4}}", Fraction(-3, 4)), ("#### 6/8", Fraction(3, 4)),
     ("#### -1/2", Fraction(-1, 2)), ("#### 1.5/3", Fraction(1, 2)), ("#### 0", 0), ("#### -0", 0),
     (r"\boxed{3\frac{1}{2}}", Fraction(7, 2)), ("#### 3 1/2", Fraction(7, 2)),
     ("#### -3 1/2", Fraction(-7, 2)), (r"\boxed{5\%}", 5), (r"\boxed{1{,}234}", 1234),
-    (r"\boxed{\$42}", 42), (r"\boxed{42\text{ km}}", 42), (r"#### \boxed{\text{7 or }42}", 7),
-    # lists and units are not thousands
-    ("1,2,3", 3), ("on 1, 2 and 3", 3), ("1,23", 23), ("12:30", 30), ("42kg", 42), ("42nd", 42),
-    ("x = 42", 42), ("2*21=42", 42), ("<<6*7=42>>42", 42),
+    (r"\boxed{\$42}", 42), (r"\boxed{42\text{ km}}", 42), (r"\boxed{42 \mathrm{~cm}^2}", 42),
+    ("#### - 42", -42), ("#### \u201342", -42), ("#### \uff14\uff12", 42), ("#### 42 \u20ac", 42),
+    ("#### \u00a342", 42), ("#### 1 234 567", 1234567), ("#### 1\u2009234", 1234),
+    ("#### 1\u202f234,567", None), (r"\boxed{1\,234}", 1234),
+    (r"\boxed{1~234.5}", Fraction("1234.5")),
+    ("#### 12,34,567", 1234567), (r"\boxed{\frac12}", Fraction(1, 2)),
+    (r"\boxed{\frac{-1}{2}}", Fraction(-1, 2)), (r"\boxed{\tfrac1{20}}", Fraction(1, 20)),
+    (r"\boxed{1\frac12}", Fraction(3, 2)), (r"\boxed{6 \times 10^5}", 600_000),
+    (r"\boxed{6\cdot10^{-2}}", Fraction(6, 100)), ("#### 6e5", 600_000), ("#### 1e5", 100_000),
+    ("1e-5", Fraction(1, 100_000)), ("12.5e3", 12_500), ("#### 5 percent", 5),
+    (r"\boxed{45^\circ}", 45),
+    (r"\boxed{45^{\circ}\text{C}}", 45), ("#### 45\u00b0", 45), (r"\boxed{5\text{ m}}", 5),
+    (r"\boxed{$42$}", 42), (r"\(42\)", 42), ("so it is $42$.", 42),
+    ("#### 42 clips were sold.", 42),
+    ("#### 42 square feet", 42), ("#### 42 cm^2", 42), ("42kg", 42), ("42nd", 42), ("x = 42", 42),
+    ("2*21=42", 42), ("<<6*7=42>>42", 42), ("Answer:42", 42), ("equal to 42", 42),
+    # what is not wholly one number
+    (r"\boxed{\text{so } 42}", None), (r"#### \boxed{\text{7 or }42}", None),
+    (r"\boxed{x=42}", None),
+    (r"\boxed{3\sqrt{7}}", None), (r"\boxed{(2, 5)}", None), (r"\boxed{[0, 1]}", None),
+    (r"\boxed{1 \text{ or } 2}", None), (r"\boxed{42, 43}", None), (r"\boxed{42 + x}", None),
+    (r"\boxed{42x}", None), (r"\boxed{2\pi}", None), (r"\boxed{5!}", None),
+    (r"\boxed{\pm 5}", None),
+    (r"\boxed{5 \text{ or more}}", None), (r"\boxed{\frac123}", None), (r"\boxed{5^2}", None),
+    (r"\boxed{0.\overline{3}}", None), (r"\boxed{\approx 5}", None), (r"\boxed{5 m}", None),
+    ("#### 42 or 43", None), ("#### 42 + 1", None), ("#### 42, 43", None), ("#### 42x", None),
+    ("#### 42 million", None), ("#### 42/7/2", None), ("#### 42 and a half", None),
+    ("#### so 42", None),
+    ("#### 42 = 6 * 7", None), ("#### --42", None), ("#### 1.234.567", None), ("#### 1,23", None),
+    ("#### 12:30", None), ("#### 5 May", None), ("#### 7 pm", None),
+    # without a mark: nothing of a list, a formula or a larger number
+    ("1,2,3", None), ("on 1, 2 and 3", None), ("1 or 2", None), ("1,23", None), ("12:30", None),
+    ("5-42", None), ("5 - 42", None), ("x - 42", None), ("9**9**9", None), ("3x", None),
+    ("3 x", None),
+    (r"it is 2\pi", None), (r"it is \sqrt{42}", None), ("x^42", None), ("x_42", None),
+    ("(1, 42)", None),
+    ("about 42 million", None), ("v1.42", None), ("between 5 and 42", None),
+    ("from 5 km to 42", None),
     # no number, and nothing that may hang or be run
     ("", None), ("none", None), ("####", None), ("7 ####", None), ("#### forty-two\n7", None),
     (r"\boxed{}", None), (r"\boxed{42", None), (r"\boxed{a{42}", None), (r"\boxed 42", None),
-    ("#### 1/0", None), ("9" * 5000, None), ("9**9**9", 9),
+    ("#### 1/0", None), ("9" * 5000, None),
     ("__import__('os').system('true')", None), ("nan", None), ("inf", None),
-    ("#### 1e9999999999", None), ("#### 1e5", None), ("1e-5", None), ("12.5e3", None),
+    ("#### 1e9999999999", None),
     ("1.2.3", None),
     (r"\boxed{\sqrt{2}}", None), (r"\boxed{\frac{\sqrt{3}}{2}}", None), (r"\boxed{2^{10}}", None),
     ("\u0664\u0662", None), ("...", None), ("$", None), ("%", None), ("-", None),
@@ -83,6 +118,80 @@ def test_long_garbage_is_read_without_backtracking(piece, n):
 def test_the_format_reward_asks_for_a_number_stated_once_and_alone(text, stated):
     """A format reward that counts markers is hacked by writing many of them."""
     assert states_number(text) is stated
+
+
+# ------------------------------------------------------------------------- what a row calls right
+
+GOLDS = [                                              # as MATH's and others' rows have them
+    ("42", 42), ("-3", -3), (r"\frac{3}{4}", Fraction(3, 4)), (r"-\frac{1}{2}", Fraction(-1, 2)),
+    (r"\frac43", Fraction(4, 3)), (r"\dfrac{7}{2}", Fraction(7, 2)), ("0.25", Fraction(1, 4)),
+    (r"5\%", 5), (r"\$18.90", Fraction("18.9")), (r"120^\circ", 120), (r"10,\!080", 10_080),
+    (r"12\text{ cm}^2", 12), (r"3 \frac{1}{2}", Fraction(7, 2)), ("1,234", 1234), ("$5", 5),
+    ("42 apples", 42), (r"2.5 \times 10^{3}", 2500), ("17 dollars", 17), (42, 42), (-0.0, 0),
+    (4.5, Fraction(9, 2)), ("so 6 * 7\n#### 42", 42), (r"thus \boxed{42}.", 42),
+    # more than a number, or none
+    (r"3\sqrt{7}", None), ("(2, 5)", None), ("x=1 or 2", None), ("[0, 1]", None), ("2x + 1", None),
+    (r"\frac{\sqrt{3}}{2}", None), ("B", None), (r"\text{Evelyn}", None), ("(C)", None),
+    ("5 May", None), ("2020-01-05", None), ("6 pm", None), (r"\pi", None), (r"2\pi", None),
+    ("1, 2, 3", None), ("x^2", None), ("p - q", None), (r"\infty", None), ("i", None),
+    ("3 + 4i", None), ("2^{10}", None), ("", None), ("None", None), ("True", None), (None, None),
+    ([1], None), ("The answer is 42", None), ("42 or so", None), (r"4210_{5}", None),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", None), (r"\text{(D)}", None), (r"11\sqrt2", None),
+    ("three", None), ("1:2", None), ("5 million", None), ("12 and 15", None),
+    (r"\text{42 units}", 42), ("$1,50", None), ("4i", None), ("1 2", None), ("5 - 2", None),
+]
+
+
+@pytest.mark.parametrize("gold, number", GOLDS)
+def test_a_row_is_kept_if_its_answer_is_wholly_one_number_and_then_its_gold_is_right(gold, number):
+    """In a box, after ####, and alone; the numbers beside it are not."""
+    assert gold_number(gold) == number
+    row = {"prompt": "?", "answer": gold}
+    if number is None:
+        assert grpo.score(row, "42") is None
+        return
+    text = str(gold)
+    if "####" not in text and "boxed" not in text:
+        for response in (rf"so \boxed{{{text}}}.", f"so\n#### {text}", text):
+            assert grpo.score(row, response) == 1, response
+    for other in (number + 1, -number - 2, number * 10 + 1, number + Fraction(1, 1000)):
+        for response in (rf"\boxed{{{other}}}", f"#### {other}", f"{other}"):
+            assert grpo.score(row, response) == 0, response
+
+
+def written(rng, sign, digits, decimals):
+    """A number in one of the ways in which people write it, and its value."""
+    value = Fraction(sign + digits + "." + (decimals or "0"))
+    groups = f"{int(digits):,}"
+    whole = rng.choice([digits, groups, groups.replace(",", " "), groups.replace(",", "{,}"),
+                        groups.replace(",", r"\,"), groups.replace(",", "\u202f")])
+    text = whole + ("." + decimals if decimals else "")
+    minus = rng.choice(["-", "\u2212", "- ", "\u2013"]) if sign else ""
+    form = rng.choice(["@", "$@", r"\$@", "@%", r"@\%", "@ km", r"@\text{ km}", "@.", "**@**",
+                       r"@^\circ", "@ \u20ac", r"\mathbf{@}"])
+    return form.replace("@", minus + text), value
+
+
+def test_numbers_in_random_spellings_are_read_and_no_other_number_is_taken_for_them():
+    rng = random.Random(0)
+    read = 0
+    for _ in range(3000):
+        digits = str(rng.randrange(10 ** rng.randrange(1, 8)))
+        decimals = str(rng.randrange(1, 1000)) if rng.random() < 0.3 else ""
+        text, value = written(rng, rng.choice(["", "-"]), digits, decimals)
+        for response in (rf"\boxed{{{text}}}", f"therefore\n#### {text}"):
+            found = answer_number(response)
+            assert found in (value, None), (response, found, value)
+            read += found == value
+        alone = answer_number(f"It is {text}")
+        assert alone in (value, None), (text, alone, value)
+        # a formula, a list or a larger number around it is never the number
+        for around in ("@, 7", "7, @", "@ or 7", "@ x", r"\sqrt{@}", "2^@", "@!", "(@, 7)", "@ + y",
+                       "@ million", "x = @", r"@\pi", r"\frac{@}{y}", "@:7", "@ and a half"):
+            formula = around.replace("@", text)
+            assert answer_number(rf"\boxed{{{formula}}}") is None, formula
+            assert gold_number(formula) is None, formula
+    assert read == 6000
 
 
 # ------------------------------------------------------------------------------------------- GSM8K

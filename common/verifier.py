@@ -30,12 +30,12 @@ LATEX = [(r"\\[()\[\]!]|\$\$|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle", "
 CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
 INTEGER = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)"  # 12,34,567 too
 VALUE = re.compile(rf"""
-    (?: (?P<sign>[-+]) (?P<space>[ ]*) )? (?: [{CURRENCY}] [ ]* (?P<inner>-?) )?
+    (?: (?P<sign>[-+]) (?P<space>[ ]*) )? (?: [{CURRENCY}] [ ]* (?P<inner>-?) [ ]* )?
     (?: (?P<whole>[0-9]+) [ ]+ (?=[0-9]+/[0-9]) )?                          # the 3 of 3 1/2
     (?P<number> {INTEGER} (?:\.[0-9]+)? | \.[0-9]+ )
     (?: / (?P<below>[0-9]+(?:\.[0-9]+)?)                                    # the 2 of 1/2
       | (?:[eE] | [ ]*[*x][ ]*10\^\{{?) (?P<power>[-+]?[0-9]{{1,3}}) \}}? )?   # 6e5, 6 x 10^5
-    (?! [0-9] | [.,/][0-9] )""", re.X)                                      # and all of it
+    (?! [0-9] )""", re.X)
 
 # words that make another number of the one before them
 SCALES = set("""hundred hundreds thousand thousands million millions billion billions trillion

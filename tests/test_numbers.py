@@ -75,7 +75,7 @@ TABLE = [
     (r"\boxed{}", None), (r"\boxed{42", None), (r"\boxed{a{42}", None), (r"\boxed 42", None),
     ("#### 1/0", None), ("9" * 5000, None),
     ("__import__('os').system('true')", None), ("nan", None), ("inf", None),
-    ("#### 1e9999999999", None),
+    ("#### 1e9999999999", None), ("1e99999", None), ("#### -$-42", None), ("#### 1234 567", None),
     ("1.2.3", None),
     (r"\boxed{\sqrt{2}}", None), (r"\boxed{\frac{\sqrt{3}}{2}}", None), (r"\boxed{2^{10}}", None),
     ("\u0664\u0662", None), ("...", None), ("$", None), ("%", None), ("-", None),

@@ -120,8 +120,8 @@ def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
 def score(row, response):
     """1 for a right response, 0 for a wrong one, None where the row does not say what is right. The
     built-in task: one '#', then the sum in two digits. Other rows: the number in "answer"."""
-    if "two_digits" in row:
-        return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])
+    if "_two_digits" in row:
+        return float(response.count("#") == 1 and response.split("#")[1] == row["_two_digits"])
     answer = gold_number(row.get("answer"))
     return None if answer is None else float(answer_number(response) == answer)
 
@@ -129,7 +129,7 @@ def score(row, response):
 def held_out_prompts(pairs, split, cfg, tokenizer, block_size):
     """Prompts to evaluate the policy on: those of the pairs; of the built-in task all that are held
     out, because a prompt whose responses are all right or all wrong has no pairs."""
-    if any("two_digits" in row for row in pairs):
+    if any("_two_digits" in row for row in pairs):
         rows = running_sums(500 if split == "val" else 1_000, split)
     else:
         rows = {row["prompt"]: row for row in pairs}.values()

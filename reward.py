@@ -134,8 +134,8 @@ def ranking_loss(scores, ranks, n=None):
 def score(row, response):
     """1 for a right response, 0 for a wrong one, None where the row does not say what is right. The
     built-in task: one '#', then the sum in two digits. Other rows: the number in "answer"."""
-    if "two_digits" in row:
-        return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])
+    if "_two_digits" in row:
+        return float(response.count("#") == 1 and response.split("#")[1] == row["_two_digits"])
     answer = gold_number(row.get("answer"))
     return None if answer is None else float(answer_number(response) == answer)
 
@@ -174,7 +174,7 @@ def collect(policy, tokenizer, rows, cfg, rng):
             if not distinct:
                 continue
             ranks = rank_responses(row, list(distinct), distinct.values(), cfg, rng)
-            kept = ("prompt", "messages", "split_by", "two_digits", "answer")
+            kept = ("prompt", "messages", "split_by", "_two_digits", "answer")
             given = {name: row[name] for name in kept if name in row}
             for chosen, rejected in better_worse(distinct, ranks):
                 pairs.append(given | {"chosen": chosen, "rejected": rejected})
@@ -258,7 +258,7 @@ def evaluate_rankings(model, rows, cfg):
         texts = row["responses"]
         right = [checked_score(score, row, text, need=False) or 0.0 for text in texts]
         for w, l in better_worse(range(len(texts)), row["ranks"]):
-            same_style = "two_digits" in row and ("," in texts[w]) == ("," in texts[l])
+            same_style = "_two_digits" in row and ("," in texts[w]) == ("," in texts[l])
             rule_lead = right[w] - right[l]
             pairs.append((number[row["prompt"]], start + w, start + l, same_style, rule_lead))
         start += len(texts)

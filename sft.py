@@ -132,8 +132,8 @@ def demonstrate(prompt, rng):
 def score(row, response):
     """1 for a right response, 0 for a wrong one, None where the row does not say what is right. The
     built-in task: one '#', then the sum in two digits. Other rows: the number in "answer"."""
-    if "two_digits" in row:
-        return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])
+    if "_two_digits" in row:
+        return float(response.count("#") == 1 and response.split("#")[1] == row["_two_digits"])
     answer = gold_number(row.get("answer"))
     return None if answer is None else float(answer_number(response) == answer)
 

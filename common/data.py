@@ -1,17 +1,11 @@
 """
-Rows of data: the built-in task, a user's own files, splits, and rows as token ids.
-
-A row is a dict. A prompt has "prompt" and perhaps "answer" (what is right); a demonstration has
-"prompt" and "response", or "messages"; a preference has "prompt", "chosen" and "rejected".
+Rows of data: the built-in task, splits, and rows as token ids. rows.py says what a row is.
 """
 import hashlib
-import json
-import os
 import random
-from decimal import Decimal
 
-from common.tokenizer import (InputError, before_response, encode_chat, encode_prompt,
-                              encode_response)
+from common.rows import read_rows
+from common.tokenizer import InputError, encode_chat, encode_prompt, encode_response
 from common.verifier import checked_score
 
 # ------------------------------------------------------------------------------- the built-in task
@@ -36,80 +30,12 @@ def running_sums(n, split, seed=0):
             terms = [rng.randint(1, 9) for _ in range(k)]
             prompt = "+".join(map(str, terms)) + "="
             if split_of(prompt) == split and (split == "train" or prompt not in seen):
-                rows.append({"prompt": prompt, "two_digits": f"{sum(terms):02d}"})
+                rows.append({"prompt": prompt, "_two_digits": f"{sum(terms):02d}"})
                 seen.add(prompt)
                 break
         else:
             lengths.remove(k)                          # no prompt of this length is left
     return rows
-
-
-# ------------------------------------------------------------------------------------ files of rows
-
-
-def read_rows(path, *needed):
-    """JSON lines -> list of dicts in which every field in `needed` is text; "_line" is where.
-
-    GSM8K's {"question", "answer"} is read as prompt (with a line break), response and answer.
-    {"messages": [...]} stands for prompt and response. An error names file, line and field."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    rows = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if line.strip():
-                rows.append(read_row(line, f"{path}:{number}", needed))
-    if not rows:
-        raise InputError(f"{path}: the file is empty")
-    return rows
-
-
-def read_row(line, location, needed):
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:          # invalid UTF-8 is a ValueError too
-        raise InputError(f"{location}: not a JSON line ({e})") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{location}: expected an object {{...}}, found {type(row).__name__}")
-    if isinstance(row.get("question"), str) and "prompt" not in row:
-        row.setdefault("response", row.get("answer"))
-        row["prompt"] = row["question"] + "\n"
-    if "messages" in row:
-        check_messages(row["messages"], location, "response" in needed)
-        turns = [f"{m['role']}: {m['content']}" for m in before_response(row["messages"])]
-        row["prompt"] = "\n".join(turns)
-        if "response" in needed:
-            row["response"] = row["messages"][-1]["content"]
-    if isinstance(row.get("answer"), (int, float)) and not isinstance(row["answer"], bool):
-        row["answer"] = format(Decimal(repr(row["answer"])), "f")           # 1e-05 -> 0.00001
-    row["_line"] = location
-    require_text(row, *needed)
-    return row
-
-
-def require_text(row, *needed):
-    for name in needed:
-        if isinstance(row.get(name), str):
-            continue
-        problem = "is missing"
-        if row.get(name) is not None:
-            problem = f"is {type(row[name]).__name__}, not text"
-        raise InputError(f'{row["_line"]}: field "{name}" {problem}; a row needs '
-                         f'{", ".join(needed)}')
-
-
-def check_messages(messages, location, needs_response):
-    def is_message(x):
-        return (isinstance(x, dict) and isinstance(x.get("role"), str)
-                and isinstance(x.get("content"), str))
-
-    is_list = isinstance(messages, list) and len(messages) > 0
-    if not is_list or not all(is_message(message) for message in messages):
-        raise InputError(f'{location}: field "messages" must be a list of {{"role": text, '
-                         '"content": text}')
-    if needs_response and messages[-1]["role"] != "assistant":
-        role = messages[-1]["role"]
-        raise InputError(f'{location}: field "messages" must end with the assistant, not {role!r}')
 
 
 # ------------------------------------------------------------------------ filters, splits, prompts
@@ -129,12 +55,31 @@ def filter_rows(rows, keep, reason, need=True):
     return kept
 
 
-def at_line(row, encode, *args):
-    """encode(*args); an error, such as of a chat template, names the row's file and line."""
-    try:
-        return encode(*args)
-    except InputError as e:
-        raise InputError(f"{row.get('_line') or repr(row['prompt'])}: {e}") from None
+def tokenize_rows(rows, tokenizer, encode, need=True):
+    """encode(row) of the rows that the chat template takes; the others are dropped and counted.
+    With `need`, it is an error if none is left. A text that spells out a special token stays text,
+    with a warning."""
+    kept, refused, marked = [], [], []
+    for row in rows:
+        where = row.get("_line") or repr(row["prompt"])
+        try:
+            kept.append(encode(row))
+        except InputError as e:
+            refused.append(f"{where}: {e}")
+        texts = [row[name] for name in ("prompt", "response", "chosen", "rejected") if name in row]
+        texts += row.get("responses", [])
+        for name in tokenizer.special:
+            if any(name in text for text in texts):
+                marked.append(f"{name} in {where}")
+    if refused and need and not kept:
+        raise InputError(refused[0])
+    if refused:
+        print(f"dropped {len(refused)} of {len(rows)} rows that the chat template refuses; the "
+              f"first is {refused[0]}")
+    if marked:
+        print(f"warning: special tokens that {len(marked)} rows spell out stay text; the first is "
+              f"{marked[0]}")
+    return kept
 
 
 def tokenize_prompts(rows, tokenizer, max_new_tokens, block_size, need=True):
@@ -142,7 +87,10 @@ def tokenize_prompts(rows, tokenizer, max_new_tokens, block_size, need=True):
     def has_room(row):
         return len(row["ids"]) + max_new_tokens <= block_size
 
-    rows = [row | {"ids": at_line(row, encode_prompt, tokenizer, row)} for row in rows]
+    def encode(row):
+        return row | {"ids": encode_prompt(tokenizer, row)}
+
+    rows = tokenize_rows(rows, tokenizer, encode, need)
     rows = filter_rows(rows, lambda row: row["ids"], "the prompt has no token", need)
     reason = f"prompt + --max_new_tokens {max_new_tokens} exceed the model's {block_size} tokens"
     return filter_rows(rows, has_room, reason, need)
@@ -216,11 +164,11 @@ def tokenize_demonstration(row, tokenizer):
     """Add "ids" of the prompt, "tokens" of prompt, response and end token, their "mask", and the
     number of assistant "turns" in it."""
     if "messages" in row:                                   # every turn of the assistant is trained
-        tokens, mask, turns = at_line(row, encode_chat, tokenizer, row["messages"])
+        tokens, mask, turns = encode_chat(tokenizer, row["messages"])
     else:
-        tokens, mask = at_line(row, encode_response, tokenizer, row, row["response"])
+        tokens, mask = encode_response(tokenizer, row, row["response"])
         turns = 1
-    ids = at_line(row, encode_prompt, tokenizer, row)
+    ids = encode_prompt(tokenizer, row)
     return row | {"ids": ids, "tokens": tokens, "mask": mask, "turns": turns}
 
 
@@ -232,9 +180,12 @@ def load_demonstrations(cfg, tokenizer, block_size, built_in):
     def fits(row):
         return len(row["tokens"]) <= block_size
 
+    def encode(row):
+        return tokenize_demonstration(row, tokenizer)
+
     def prepare(rows):
         rows = filter_rows(rows, has_text, "the prompt or the response is empty")
-        rows = [tokenize_demonstration(row, tokenizer) for row in rows]
+        rows = tokenize_rows(rows, tokenizer, encode)
         rows = filter_rows(rows, lambda row: row["ids"], "the prompt has no token")
         return filter_rows(rows, fits, f"longer than {block_size} tokens (--block_size)")
 

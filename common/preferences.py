@@ -6,7 +6,8 @@ import os
 import re
 from collections import Counter
 
-from common.data import at_line, filter_rows, read_rows, require_text, split_rows
+from common.data import filter_rows, split_rows, tokenize_rows
+from common.rows import read_rows, require_text
 from common.tokenizer import InputError, encode_response
 
 
@@ -14,31 +15,20 @@ def read_preferences(path):
     r"""JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one per pair.
 
     A row is a pair, optionally with a number "margin"; or a pair without "prompt", two dialogues as
-    in HH-RLHF, split after the last "\n\nAssistant:"; or {"prompt", "responses": [best, ...,
-    worst]}, optionally with "ranks", which gives all the pairs that it implies. Pairs without a
-    preference are dropped and counted."""
+    in HH-RLHF, split after the last "\n\nAssistant:", or two texts whose common beginning is the
+    prompt; or {"prompt", "responses": [best, ..., worst]}, optionally with "ranks", which gives all
+    the pairs that it implies. Pairs without a preference are dropped and counted."""
     rows = []
     for row in read_rows(path):
         if "responses" in row:
             rows += ranking_to_pairs(row)
-        elif "prompt" not in row:
-            rows.append(split_dialogue(row))
         else:
-            rows.append(row)
+            rows.append(split_dialogue(row))
     for row in rows:
         require_text(row, "prompt", "chosen", "rejected")
         margin = row.get("margin", 0)
         if type(margin) not in (int, float) or not math.isfinite(margin):
             raise InputError(f'{row["_line"]}: field "margin" must be a number')
-
-    def repeats_prompt(row):
-        prompt = row["prompt"]
-        return row["chosen"].startswith(prompt) and row["rejected"].startswith(prompt)
-
-    if all(repeats_prompt(row) for row in rows):       # a habit of the file, not of one response
-        for row in rows:
-            row["chosen"] = row["chosen"].removeprefix(row["prompt"])
-            row["rejected"] = row["rejected"].removeprefix(row["prompt"])
 
     def same_prompt(row):
         return row["prompt"] == row.get("_prompt_of_rejected", row["prompt"])
@@ -78,11 +68,16 @@ def ranking_to_pairs(row):
 
 def split_dialogue(row):
     """HH-RLHF's pair of whole dialogues -> prompt, chosen, rejected, and the prompt as messages for
-    models that chat; any other row as it is."""
+    models that chat. Two other texts without a prompt: their common beginning, up to a space, is
+    the prompt. Any other row as it is."""
     last = "\n\nAssistant:"
-    chosen, rejected = str(row.get("chosen")), str(row.get("rejected"))
-    if last not in chosen or last not in rejected:
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not isinstance(chosen, str) or not isinstance(rejected, str) or "messages" in row:
         return row
+    if not row.get("prompt", last).endswith(last):
+        return row
+    if last not in chosen or last not in rejected:
+        return row if "prompt" in row else split_beginning(row)
     prompt, _, chosen = chosen.rpartition(last)
     other, _, rejected = rejected.rpartition(last)
     row = row | {"prompt": prompt + last, "chosen": chosen, "rejected": rejected,
@@ -91,6 +86,16 @@ def split_dialogue(row):
     if turns and not before.strip() and turns[0] == "Human":
         row["_dialogue"] = join_turns(turns[::2], turns[1::2])
     return row
+
+
+def split_beginning(row):
+    """TRL's pair with an implicit prompt."""
+    same = os.path.commonprefix([row["chosen"], row["rejected"]])
+    n = same.rfind(" ")
+    if n <= 0:
+        return row                                     # which lacks a prompt
+    prompt, chosen, rejected = same[:n], row["chosen"][n:], row["rejected"][n:]
+    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def join_turns(speakers, texts):
@@ -115,10 +120,15 @@ def better_worse(items, ranks):
     return pairs
 
 
-def tokenize_responses(row, tokenizer, texts):
-    """Add "tokens" of prompt, response and end token, and their "mask", for each of the texts."""
-    encoded = [at_line(row, encode_response, tokenizer, row, text) for text in texts]
-    row["tokens"], row["mask"] = zip(*encoded)
+def tokenize_responses(rows, tokenizer, need):
+    """Rows with the "tokens" of prompt, response and end token, and their "mask", for each of the
+    "responses", or for "chosen" and "rejected"."""
+    def encode(row):
+        texts = row.get("responses") or (row["chosen"], row["rejected"])
+        tokens, mask = zip(*(encode_response(tokenizer, row, text) for text in texts))
+        return row | {"tokens": tokens, "mask": mask}
+
+    return tokenize_rows(rows, tokenizer, encode, need)
 
 
 def filter_long_responses(rows, block_size, need):
@@ -134,14 +144,15 @@ def load_pairs(path, test_path, tokenizer, block_size):
     """Pairs to train on, to validate on and to report on, each with the "tokens" and the "mask" of
     its two responses, the chosen one first."""
     rows = read_preferences(path)
-    splits = split_rows(rows, read_preferences(test_path) if test_path else None)
-    for pairs in splits:
-        for row in pairs:
-            tokenize_responses(row, tokenizer, (row["chosen"], row["rejected"]))
-    train, val, test = splits
-    return (filter_long_responses(train, block_size, need=True),
-            filter_long_responses(val, block_size, need=False),
-            filter_long_responses(test, block_size, need=False))
+    for row in rows:
+        if row.get("margin"):
+            raise InputError(f'{row["_line"]}: field "margin" is read by reward.py alone')
+    splits = []
+    for pairs in split_rows(rows, read_preferences(test_path) if test_path else None):
+        need = not splits                              # the training pairs come first
+        pairs = tokenize_responses(pairs, tokenizer, need)
+        splits.append(filter_long_responses(pairs, block_size, need))
+    return splits
 
 
 def pairs_to_rankings(pairs):
@@ -187,9 +198,7 @@ def find_ranking(group):
 
 def tokenize_rankings(pairs, tokenizer, block_size, need=True):
     """Rankings of the pairs, with the "tokens" and the "mask" of every response."""
-    rows = pairs_to_rankings(pairs)
-    for row in rows:
-        tokenize_responses(row, tokenizer, row["responses"])
+    rows = tokenize_responses(pairs_to_rankings(pairs), tokenizer, need)
     return filter_long_responses(rows, block_size, need)
 
 

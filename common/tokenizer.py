@@ -332,7 +332,7 @@ def encode_chat(tokenizer, messages):
     end = tokenizer.turn_end
     turns = []                                         # text before a turn, text of the turn
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or message.get("weight") == 0:     # not trained
             continue
         try:
             prompt = tokenizer.render(messages[:i], add_generation_prompt=True)

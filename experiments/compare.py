@@ -204,7 +204,7 @@ def measure_policy(out, sft_out, seed):
     result, texts = evaluate(model, tokenizer, rows, score, cfg, 8, reference=sft)
     right = torch.tensor([one_if_right(row, text) for row, text in zip(rows, texts)])
     # hasty guesses are multiples of five
-    in_fives = torch.tensor([int(row["two_digits"]) % 5 == 0 for row in rows])
+    in_fives = torch.tensor([int(row["_two_digits"]) % 5 == 0 for row in rows])
     result["greedy, sums in fives"] = right[in_fives].mean().item()
     result["greedy, other sums"] = right[~in_fives].mean().item()
     result["length_wrong"] = length_of_wrong_responses(model, tokenizer, rows, seed)

@@ -17,7 +17,7 @@ from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
 from common.train import freeze  # noqa: E402
 from grpo import Config, group_advantage, grpo_loss, score  # noqa: E402
 
-ROW = {"prompt": "7+5+2+4+6+3=", "two_digits": "27"}
+ROW = {"prompt": "7+5+2+4+6+3=", "_two_digits": "27"}
 G = 4
 SEED = 1
 

@@ -37,7 +37,7 @@ BUGS = [Bug(*entry) for entry in [
      "Text that does not fit is cut and closed with an end token, which teaches to stop in the "
      "middle.",
      "OpenRLHF, SFT and reward datasets",
-     "rows = [tokenize_demonstration(row, tokenizer) for row in rows]",
+     "rows = tokenize_rows(rows, tokenizer, encode)",
      "rows = [r | {'tokens': r['tokens'][:block_size - 1] + [tokenizer.end], 'mask': "
      "r['mask'][:block_size]} for r in (tokenize_demonstration(x, tokenizer) for x in rows)]",
      "test_sft.py::test_long_examples_are_dropped_and_counted_and_never_cut"),
@@ -547,8 +547,8 @@ BUGS = [Bug(*entry) for entry in [
     ("credit_for_a_substring", "grpo.py",
      "The response is right if the number occurs in it, so that writing many numbers pays.",
      "torchtune's GRPO rewards, where 1 is in 100",
-     'return float(response.count("#") == 1 and response.split("#")[1] == row["two_digits"])',
-     'return float(row["two_digits"] in response)',
+     'return float(response.count("#") == 1 and response.split("#")[1] == row["_two_digits"])',
+     'return float(row["_two_digits"] in response)',
      "test_grpo.py::test_the_rule_of_the_built_in_task"),
 
     ("first_mark", "common/verifier.py",

@@ -417,6 +417,6 @@ def test_the_built_in_task_evaluates_on_all_held_out_prompts_and_own_pairs_on_th
     pairs = [{"prompt": "a?"}, {"prompt": "a?"}, {"prompt": "b?"}, {"prompt": "c" * 30}]
     rows = dpo.held_out_prompts(pairs, "val", cfg, tokenizer, 48)
     assert [row["prompt"] for row in rows] == ["a?", "b?"]
-    pairs = [{"prompt": "1+2+3=", "two_digits": "06"}]
+    pairs = [{"prompt": "1+2+3=", "_two_digits": "06"}]
     for split, n in (("val", 500), ("test", 1000)):
         assert len(dpo.held_out_prompts(pairs, split, cfg, tokenizer, 64)) == n

@@ -211,7 +211,7 @@ ROWS = [
     ("sft.py", '{"question": "a"}\n', 'rows.jsonl:1: "response"'),
     ("sft.py", '{"messages": []}\n', 'rows.jsonl:1: "messages" "role" "content"'),
     ("sft.py", '{"messages": [{"role": "user"}]}\n', 'rows.jsonl:1: "messages"'),
-    ("sft.py", '{"prompt": "a", "messages": null}\n', 'rows.jsonl:1: "messages"'),
+    ("sft.py", '{"prompt": "a", "messages": null}\n', 'rows.jsonl:1: "response"'),
     ("sft.py", '{"messages": [{"role": "user", "content": "a"}]}\n',
      'rows.jsonl:1: "messages" assistant user'),
     ("sft.py", '{"prompt": "", "response": "a"}\n', "prompt empty"),

@@ -358,7 +358,7 @@ def test_expected_gradient_by_enumerating_every_response(seed, by_length, by_std
 
 
 def test_the_rule_of_the_built_in_task():
-    row = {"prompt": "5+8+7=", "two_digits": "20"}
+    row = {"prompt": "5+8+7=", "_two_digits": "20"}
     right = ["13,20#20", "#20", "99,99#20", "5+8+7=#20"]
     wrong = ["13,20#2", "13,20#020", "13,20#20 ", "13,20#20#", "#20#20", "20", "", "#", "13,20# 20"]
     for text in right:

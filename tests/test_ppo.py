@@ -402,7 +402,7 @@ def test_a_truncated_response_gets_its_penalty_and_never_a_score():
     """Under the rule and under a reward model; it is never right."""
     tokenizer = make_tokenizer()
     reward_model = ScalarModel(GPT(GPTConfig()), std=1.0)
-    rows = [{"prompt": "5+8+7=", "two_digits": "20"}] * 3
+    rows = [{"prompt": "5+8+7=", "_two_digits": "20"}] * 3
     responses = ["13,20#20", "#25", None]
     tokens, mask = torch.zeros(3, 15, dtype=torch.long), torch.zeros(3, 15)
     for i, response in enumerate(responses):

@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # of common/; imports point to the left
-FLOORS = ["tokenizer", "hf", "export", "checkpoint", "verifier", "data", "preferences",
-          "optimizers", "train", "evaluate", "flags", "models", "early_stopping", "run"]
+FLOORS = ["tokenizer", "hf", "export", "checkpoint", "verifier", "rows", "data", "preferences",
+          "optimizers", "train", "evaluate", "flags", "models", "early_stopping", "run",
+          "show"]
 COMMON = [f"common/{name}.py" for name in FLOORS]
 EXPERIMENTS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/experiments/*.py"))
 TESTS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/tests/*.py"))

@@ -209,7 +209,7 @@ def test_the_responses_of_a_prompt_stay_in_one_micro_batch_and_count_in_full():
 # --------------------------------------------------------------------------------- the annotators
 
 
-ROW = {"two_digits": "20"}
+ROW = {"_two_digits": "20"}
 TEXTS = ["13,20#20", "#20", "#25", "13,21#21"]
 LENGTH = [9, 4, 4, 9]
 
@@ -269,7 +269,7 @@ def test_collection_drops_truncated_empty_and_repeated_responses():
     """One right, twice, one wrong, one of spaces; then one wrong, one truncated, one right, one
     empty. The better response is the chosen one."""
     policy = KnownPolicy(["#05", "#05", "#06", "  "], ["#07", "CUT", "#09", ""])
-    rows = [{"prompt": "2+3=", "two_digits": "05"}, {"prompt": "3+6=", "two_digits": "09"}]
+    rows = [{"prompt": "2+3=", "_two_digits": "05"}, {"prompt": "3+6=", "_two_digits": "09"}]
     assert collect(policy, rows) == [rows[0] | {"chosen": "#05", "rejected": "#06"},
                                      rows[1] | {"chosen": "#09", "rejected": "#07"}]
     inverted = collect(policy, rows, label_noise=1.0)
@@ -367,7 +367,7 @@ def test_every_metric_of_known_scores_is_the_one_computed_by_hand(monkeypatch):
     """Three prompts with a pair each: in the right order, in the wrong one, tied."""
     pairs = [("1+1=", "01,02#02", "#05", "02"), ("2+2=", "#04", "02,03#03", "04"),
              ("3+3=", "#06", "#05", "06")]
-    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "two_digits": right}
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected, "_two_digits": right}
             for prompt, chosen, rejected, right in pairs]
     rows = tokenize_rankings(rows, make_tokenizer(), 64)
     score = [2.0, 0.0, 1.0, 2.0, 0.5, 0.5]

@@ -129,7 +129,7 @@ def test_held_out_prompts_are_fixed_and_distinct_and_never_trained_on():
     assert [row["prompt"] for row in test[:2]] == ["7+3+5+8=", "4+6+1+6="]
     for row in test:
         terms = row["prompt"][:-1].split("+")
-        assert int(row["two_digits"]) == sum(map(int, terms))
+        assert int(row["_two_digits"]) == sum(map(int, terms))
     assert split_of("1+2+3=") == "val"
     held_out = sum(split_of(str(i)) != "train" for i in range(5000))
     assert 0.08 < held_out / 5000 < 0.12

@@ -1,0 +1,328 @@
+"""
+Files as people have them -> rows of three kinds.
+
+    prompt          "prompt", or the "messages" before the response; perhaps "answer", what is right
+    demonstration   "prompt" and "response", or "messages" that end with the assistant
+    preference      "prompt", "chosen" and "rejected"; perhaps "messages" before the response
+
+`read_rows` reads a file and names file, line and field where it cannot; `normalise` turns the
+formats of other projects into these kinds. A field that changes what a row says is used or refused.
+"""
+import gzip
+import json
+import os
+import re
+import zlib
+from decimal import Decimal
+
+from common.tokenizer import InputError, before_response
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
+         "model": "assistant"}
+# a row, or a turn, says something else without these, and nothing here reads them
+MEANING = ["context", "choices", "options", "tools", "functions", "tool_calls", "images", "image",
+           "videos", "video", "audios", "audio", "reasoning_content", "thinking", "instruction",
+           "input", "history", "system"]
+TURN_MEANING = ["name", "tool_calls", "tool_call_id", "function_call", "reasoning_content",
+                "thinking", "images", "audio"]
+# set by us later; a user's field of that name would collide
+OURS = {"ids", "tokens", "mask", "turns", "_line", "_dropped", "_dialogue", "_ranking",
+        "_prompt_of_rejected"}
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def read_rows(path, *needed):
+    """A file of rows -> list of dicts in which every field in `needed` is text; "_line" is where.
+    Without `needed`, preferences. Rows that cannot be used are dropped and counted by reason."""
+    rows, dropped = [], {}
+    for location, raw in read_objects(path):
+        row = normalise(raw, location, needed)
+        if "_dropped" in row:
+            dropped.setdefault(row["_dropped"], []).append(location)
+            continue
+        require_text(row, *needed)
+        rows.append(row)
+    total = len(rows) + sum(len(x) for x in dropped.values())
+    for reason, where in dropped.items():
+        print(f"dropped {len(where)} of {total} rows: {reason}; the first is {where[0]}")
+    if not rows and dropped:
+        reason, where = next(iter(dropped.items()))
+        raise InputError(f"{where[0]}: no row is left: {reason}")
+    if not rows:
+        raise InputError(f"{path}: the file is empty")
+    return rows
+
+
+def read_objects(path):
+    """Yields location, object: of JSON lines or a JSON array, either gzipped, in UTF-8 or in UTF-16
+    with a byte order mark; of a parquet file."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    name = path.lower()
+    if name.endswith((".csv", ".tsv")):
+        raise InputError(f"{path}: CSV is not read; write one JSON object a line")
+    if name.endswith(".parquet"):
+        yield from read_parquet(path)
+        return
+    with open(path, "rb") as f:
+        data = f.read()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as e:
+            raise InputError(f"{path}:1: a damaged gzip file ({e})") from None
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        try:
+            data = data.decode("utf-16").encode("utf-8", "surrogatepass")
+        except ValueError as e:
+            raise InputError(f"{path}:1: not UTF-16 ({e})") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    array = parse(data) if data.lstrip()[:1] == b"[" else None
+    if isinstance(array, list) and any(isinstance(x, dict) for x in array):
+        for i, x in enumerate(array, 1):
+            yield f"{path}: row {i}", as_object(x, f"{path}: row {i}")
+        return
+    for i, line in enumerate(re.split(b"\r\n|\n|\r", data), 1):
+        if line.strip():
+            x = parse(line)
+            if isinstance(x, Exception):
+                raise InputError(f"{path}:{i}: not a JSON line ({x})")
+            yield f"{path}:{i}", as_object(x, f"{path}:{i}")
+
+
+def parse(data):
+    """What JSON bytes hold, or the error."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:          # invalid UTF-8 is a ValueError too
+        return e
+
+
+def as_object(x, location):
+    if not isinstance(x, dict):
+        raise InputError(f"{location}: expected an object {{...}}, found {type(x).__name__}")
+    return x
+
+
+def read_parquet(path):
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: pip install pyarrow, to read it") from None
+    try:
+        table = parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise InputError(f"{path}: not a parquet file ({e})") from None
+    for i, x in enumerate(table.to_pylist(), 1):
+        yield f"{path}: row {i}", x
+
+
+# ----------------------------------------------------------------------- rows of other projects
+
+
+def normalise(raw, location, needed):
+    """A row of one of the formats of docs/data_and_models.md as one of the three kinds. "_line" is
+    where, and "_dropped" why it cannot be used, if so. null is absent."""
+    row = {name: x for name, x in raw.items() if x is not None and name not in OURS}
+    row["_line"] = location
+    is_preference = not needed
+    name_fields(row)
+    for name in ("messages", "prompt", "response", "chosen", "rejected"):
+        if isinstance(row.get(name), dict):
+            row[name] = [row[name]]                    # one turn
+        if isinstance(row.get(name), list) or name == "messages" and name in row:
+            row[name] = read_turns(row[name], location, name)
+    if "messages" in row and row["messages"] == row.get("chosen"):
+        del row["messages"]                            # ultrafeedback's: chosen, once more
+    join_conversation(row)
+    if is_preference and any(isinstance(row.get(x), list) for x in ("chosen", "rejected")):
+        split_conversations(row)
+    add_context(row)
+    if "messages" in row:
+        write_prompt(row, "response" in needed)
+    for name in MEANING:
+        if row.get(name):
+            raise InputError(f'{location}: field "{name}" changes what the row says, and is not '
+                             "read; put it into the prompt, or remove it")
+    if "ranks" in row and "responses" not in row:
+        raise InputError(f'{location}: field "ranks" needs a field "responses"')
+    check_weight(row)
+    if "response" in needed and row.get("label") is False:
+        row["_dropped"] = '"label" is false'
+    if isinstance(row.get("answer"), (int, float)) and not isinstance(row["answer"], bool):
+        row["answer"] = format(Decimal(repr(row["answer"])), "f")           # 1e-05 -> 0.00001
+    return row
+
+
+def name_fields(row):
+    """The names of other projects -> ours."""
+    if "conversations" in row:                         # ShareGPT
+        row.setdefault("messages", row.pop("conversations"))
+    if "preferred_output" in row:                      # OpenAI's preferences
+        given = row.pop("input", {})
+        row |= {"prompt": given.pop("messages", None), "chosen": row.pop("preferred_output"),
+                "rejected": row.pop("non_preferred_output", None)}
+        row |= {name: x for name, x in given.items() if name in MEANING}
+    if "prompt" not in row and isinstance(row.get("instruction"), str):     # Alpaca
+        parts = [row.pop("instruction"), row.pop("input", "")]
+        row["prompt"] = "\n".join(part for part in parts if part)
+        row.setdefault("response", row.pop("output", None))
+    if "prompt" not in row and isinstance(row.get("question"), str):        # GSM8K
+        row.setdefault("response", row.get("answer"))
+        row["prompt"] = row["question"] + "\n"
+    if "prompt" not in row and isinstance(row.get("problem"), str):         # MATH
+        row["prompt"] = row["problem"] + "\n"
+        if "solution" in row:
+            row.setdefault("response", row["solution"])
+            row.setdefault("answer", row["solution"])
+    if isinstance(row.get("reward_model"), dict):      # verl
+        row.setdefault("answer", row["reward_model"].get("ground_truth"))
+    if "completion" in row:                            # TRL
+        row.setdefault("response", row.pop("completion"))
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def join_conversation(row):
+    """"prompt" and "response", of which one or both are lists of turns -> "messages"."""
+    prompt, response = row.get("prompt"), row.get("response")
+    if isinstance(prompt, str) and isinstance(response, list):
+        prompt = [turn("user", prompt)]
+    if not isinstance(prompt, list):
+        return
+    if isinstance(response, str):
+        response = [turn("assistant", response)]
+    row["messages"] = prompt + (response or [])
+    row.pop("prompt")
+    row.pop("response", None)
+
+
+def read_turns(turns, location, field):
+    """[{"role" or "from", "content" or "value"}] -> [{"role", "content"}], contents as text; with
+    "weight" 0 a turn of the assistant is not trained."""
+    messages = []
+    for given in turns if isinstance(turns, list) else []:
+        given = given if isinstance(given, dict) else {}
+        for name in TURN_MEANING:
+            if given.get(name):
+                raise InputError(f'{location}: field "{name}" of "{field}" changes what the turn '
+                                 "says, and is not read; remove it")
+        role = given.get("role", given.get("from"))
+        content = given.get("content", given.get("value"))
+        if isinstance(content, list):
+            content = join_parts(content, location, field)
+        if not isinstance(role, str) or not isinstance(content, str):
+            messages = []
+            break
+        messages.append(turn(ROLES.get(role, role), content))
+        if given.get("weight", 1) != 1:
+            messages[-1]["weight"] = given["weight"]
+    if not messages:
+        raise InputError(f'{location}: field "{field}" must be a list of {{"role": text, '
+                         '"content": text}')
+    return messages
+
+
+def join_parts(parts, location, field):
+    """[{"type": "text", "text": ...}] -> text."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise InputError(f'{location}: field "{field}" has a part of the type {kind}, and only '
+                             "text is read")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def add_context(row):
+    """"system" and "history" ([[user, assistant], ...]) become turns before the prompt."""
+    before = []
+    if isinstance(row.get("system"), str) and row["system"].strip():
+        before.append(turn("system", row.pop("system")))
+    if "messages" not in row and isinstance(row.get("history"), list):
+        for pair in row.pop("history"):
+            if not isinstance(pair, list) or not all(isinstance(x, str) for x in pair):
+                raise InputError(f'{row["_line"]}: field "history" must be a list of [text, text]')
+            before += [turn(role, x) for role, x in zip(("user", "assistant"), pair)]
+    if not before:
+        return
+    if "messages" not in row and isinstance(row.get("prompt"), str):
+        row["messages"] = [turn("user", row["prompt"].removesuffix("\n"))]
+        if isinstance(row.get("response"), str):
+            row["messages"].append(turn("assistant", row["response"]))
+    if "messages" not in row or row["messages"][0]["role"] == "system":
+        raise InputError(f'{row["_line"]}: field "system" stands beside a system message, or '
+                         "without a prompt")
+    row["messages"] = before + row["messages"]
+
+
+def write_prompt(row, needs_response):
+    """"prompt" and "response" of a conversation, as text."""
+    messages = row["messages"]
+    turns = [f"{m['role']}: {m['content']}" for m in before_response(messages)]
+    row["prompt"] = "\n".join(turns)
+    if not needs_response:
+        return
+    row["response"] = messages[-1]["content"]
+    responses = [m for m in messages if m["role"] == "assistant"]
+    if messages[-1]["role"] != "assistant":
+        role = messages[-1]["role"]
+        row["_dropped"] = f'"messages" must end with the assistant, not {role!r}'
+    elif not all(m["content"].strip() for m in responses):
+        row["_dropped"] = "a turn of the assistant is empty"
+    elif not any(m.get("weight", 1) for m in responses):
+        row["_dropped"] = 'every turn of the assistant has "weight" 0'
+
+
+def check_weight(row):
+    """0 means that a row, or a turn, is not trained; no other weight is read but 1."""
+    weights = [row.get("weight", 1)] + [m.get("weight", 1) for m in row.get("messages", [])]
+    if any(isinstance(x, bool) or x not in (0, 1) for x in weights):
+        raise InputError(f'{row["_line"]}: field "weight" must be 0 or 1')
+    if row.get("weight", 1) == 0:
+        row["_dropped"] = '"weight" is 0'
+
+
+def split_conversations(row):
+    """"chosen" and "rejected" that are conversations -> "messages" before the response, and the two
+    responses as text. Either holds the response alone, or the prompt before it."""
+    line = row["_line"]
+    both = [row["chosen"], row.get("rejected")]
+    for i, name in enumerate(("chosen", "rejected")):
+        if isinstance(both[i], str):                   # beside a conversation
+            both[i] = [turn("assistant", both[i])]
+        if not isinstance(both[i], list):
+            kind = type(both[i]).__name__
+            raise InputError(f'{line}: field "{name}" is {kind}, not a list of turns')
+    prompts = [turns[:-1] for turns in both]
+    if any(turns[-1]["role"] != "assistant" for turns in both):
+        row["_dropped"] = "a response is not a turn of the assistant"
+    row["chosen"], row["rejected"] = (turns[-1]["content"] for turns in both)
+    if prompts[0] != prompts[1]:
+        row["_dropped"] = "the two prompts differ"
+    given = row.get("messages")
+    if given and prompts[0] and prompts[0] != given:
+        raise InputError(f'{line}: field "chosen" must be one turn, or begin with the turns of the '
+                         "prompt")
+    messages = given or prompts[0]
+    if messages:
+        row["messages"] = messages
+    elif "prompt" not in row:
+        raise InputError(f'{line}: field "prompt" is missing; a row needs prompt, chosen, rejected')
+
+
+def require_text(row, *needed):
+    for name in needed:
+        if isinstance(row.get(name), str):
+            continue
+        problem = "is missing"
+        if row.get(name) is not None:
+            problem = f"is {type(row[name]).__name__}, not text"
+        raise InputError(f'{row["_line"]}: field "{name}" {problem}; a row needs '
+                         f'{", ".join(needed)}')

@@ -47,7 +47,7 @@ from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (batches, compute_logp, compute_reward, estimate_memory, measure_reward,
                           micro_batches, select_groups)
-from common.verifier import answer_number, gold_number
+from common.verifier import RULES, answer_number, gold_number, math_score
 from model import autocast
 
 
@@ -57,7 +57,7 @@ class Config:
     data: str = ""                # JSON lines to train on; "" is the built-in task
     test: str = ""                # JSON lines to test on; "": a twentieth of --data
     init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
-    reward: str = "rule"          # "rule": `score` in this script; else a reward model's folder
+    reward: str = "rule"          # "rule": `score` below; "math": math-verify; else a reward model
     out: str = "out/dapo"         # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = "auto"          # system message of chats that have none; "auto": as --init
@@ -167,10 +167,11 @@ def score(row, response):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule",
+    rule = math_score if cfg.reward == "math" else score
+    splits = load_prompts(cfg, tokenizer, rule, policy.cfg.block_size, cfg.reward in RULES,
                           cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
-    reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
+    reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     optimizer = make_optimizer(policy, cfg.lr)
     B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
@@ -179,11 +180,11 @@ def train(cfg):
     run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS)
 
     def evaluate_policy(rows, samples=1):
-        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, None,
+        return evaluate(policy, tokenizer, rows, rule, cfg, samples, reward_model, None,
                         run.state["truncated_reward"])
 
     if run.is_new:                                              # measured once, kept when resumed
-        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
+        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, rule, train_rows)
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
         run.state["prompts_used"] = 0
@@ -204,7 +205,7 @@ def train(cfg):
             # 2. reward: as in GRPO, and a penalty near the limit of tokens
             responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
             reward, raw, correct = compute_reward(              # (b G,) each
-                cfg, reward_model, score, batch, tokens, mask_cpu, responses,
+                cfg, reward_model, rule, batch, tokens, mask_cpu, responses,
                 run.state["truncated_reward"])
             differs = informative(raw, cfg.group_size)          # (b,)
             reward = reward + soft_overlong(mask_cpu.sum(1), cfg.max_new_tokens, cfg.overlong_cache)

@@ -39,7 +39,7 @@ from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (batches, compute_logp, compute_reward, estimate_memory, freeze,
                           measure_reward, micro_batches)
-from common.verifier import answer_number, gold_number
+from common.verifier import RULES, answer_number, gold_number, math_score
 from model import autocast
 
 
@@ -49,7 +49,7 @@ class Config:
     data: str = ""                # JSON lines to train on; "" is the built-in task
     test: str = ""                # JSON lines to test on; "": a twentieth of --data
     init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
-    reward: str = "rule"          # "rule": `score` in this script; else a reward model's folder
+    reward: str = "rule"          # "rule": `score` below; "math": math-verify; else a reward model
     out: str = "out/grpo"         # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = "auto"          # system message of chats that have none; "auto": as --init
@@ -158,10 +158,11 @@ def score(row, response):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule",
+    rule = math_score if cfg.reward == "math" else score
+    splits = load_prompts(cfg, tokenizer, rule, policy.cfg.block_size, cfg.reward in RULES,
                           cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
-    reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
+    reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     reference = None                                            # without a KL penalty
     if cfg.kl_beta:
         reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)   # float32 if it moves
@@ -173,11 +174,11 @@ def train(cfg):
     run = Run(cfg, cfg.steps, policy, optimizer, tokenizer, splits, COLUMNS, reference)
 
     def evaluate_policy(rows, samples=1):
-        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference,
+        return evaluate(policy, tokenizer, rows, rule, cfg, samples, reward_model, reference,
                         run.state["truncated_reward"])
 
     if run.is_new:                                              # measured once, kept when resumed
-        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
+        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, rule, train_rows)
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
     batch_iter = batches(train_rows, cfg.prompts, cfg.seed, start=run.step)
@@ -200,7 +201,7 @@ def train(cfg):
         # 2. reward: the rule or the reward model reads every response that ended
         responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
         reward, _, correct = compute_reward(                    # (B,) each
-            cfg, reward_model, score, batch, tokens, mask_cpu, responses,
+            cfg, reward_model, rule, batch, tokens, mask_cpu, responses,
             run.state["truncated_reward"])
         stats.add(rollout_stats(reward, correct, mask_cpu, responses, cfg.group_size))
 

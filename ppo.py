@@ -46,7 +46,7 @@ from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
 from common.train import (batches, compute_logp, compute_reward, compute_values, estimate_memory,
                           freeze, measure_reward, micro_batches)
-from common.verifier import answer_number, gold_number
+from common.verifier import RULES, answer_number, gold_number, math_score
 from model import autocast
 
 
@@ -56,7 +56,7 @@ class Config:
     data: str = ""                # JSON lines to train on; "" is the built-in task
     test: str = ""                # JSON lines to test on; "": a twentieth of --data
     init: str = "out/sft"         # policy to start from: a checkpoint or a Hugging Face folder
-    reward: str = "out/reward"    # "rule": `score` in this script; else a reward model's folder
+    reward: str = "out/reward"    # "rule": `score` below; "math": math-verify; else a reward model
     out: str = "out/ppo"          # folder for the checkpoint, metrics, samples and curves
     chat: str = "auto"            # "chat": prompts are user turns; "plain": text; "auto": as --init
     system: str = "auto"          # system message of chats that have none; "auto": as --init
@@ -198,10 +198,11 @@ def score(row, response):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    splits = load_prompts(cfg, tokenizer, score, policy.cfg.block_size, cfg.reward == "rule",
+    rule = math_score if cfg.reward == "math" else score
+    splits = load_prompts(cfg, tokenizer, rule, policy.cfg.block_size, cfg.reward in RULES,
                           cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
-    reward_model = load_reward_model(cfg, policy, tokenizer)    # None for "rule"
+    reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     reference = freeze(copy.deepcopy(policy))
     critic = make_critic(cfg, policy, reward_model)
     policy_optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
@@ -215,11 +216,11 @@ def train(cfg):
               critic=critic)
 
     def evaluate_policy(rows, samples=1):
-        return evaluate(policy, tokenizer, rows, score, cfg, samples, reward_model, reference,
+        return evaluate(policy, tokenizer, rows, rule, cfg, samples, reward_model, reference,
                         run.state["truncated_reward"])
 
     if run.is_new:                                              # measured once, kept when resumed
-        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, score, train_rows)
+        run.state |= measure_reward(cfg, policy, tokenizer, reward_model, rule, train_rows)
         with torch.no_grad():                                   # rescale head to normalised rewards
             for param in critic.head.parameters():
                 param /= run.state["reward_std"]
@@ -243,7 +244,7 @@ def train(cfg):
         # 2. reward: of every response that ended, and a KL penalty on every token
         responses = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
         reward, _, correct = compute_reward(                    # (B,) each
-            cfg, reward_model, score, batch, tokens, mask_cpu, responses,
+            cfg, reward_model, rule, batch, tokens, mask_cpu, responses,
             run.state["truncated_reward"])
         stats.add(rollout_stats(reward, correct, mask_cpu, responses))
         per_token = token_reward(                               # (B, T)

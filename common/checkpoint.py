@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import torch
 
-from common.hf import folder_tokenizer, is_hf_folder, read_config, read_folder, stop_at_turn_end
+from common.hf import (folder_tokenizer, is_hf_folder, read_config, read_folder,
+                       refuse_other_weights, stop_at_turn_end)
 from common.tokenizer import InputError, chat_by_default, make_tokenizer
 from model import GPT, GPTConfig, ScalarModel
 
@@ -43,6 +44,8 @@ def read_checkpoint(folder):
     """The dictionary that save_checkpoint wrote, on the CPU. No code in the file is ever run."""
     path = os.path.join(folder, "ckpt.pt")
     if not os.path.exists(path):
+        if os.path.exists(folder):
+            refuse_other_weights(folder)
         raise InputError(f"{folder}: no checkpoint here (no ckpt.pt), nor a Hugging Face model (no "
                          "config.json)")
     try:

@@ -211,6 +211,22 @@ def hf_views(model, family):
     return views
 
 
+def refuse_other_weights(path):
+    """An error that says what to do, where a folder or file holds no weights that are read here."""
+    names = os.listdir(path) if os.path.isdir(path) else [os.path.basename(path)]
+    if "adapter_config.json" in names:
+        raise InputError(f"{path}: a LoRA adapter; merge it first, by PEFT's merge_and_unload() "
+                         "and save_pretrained()")
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    for name in names:
+        if name.endswith(".gguf"):
+            raise InputError(f"{path}: GGUF is not read; take the model's *.safetensors")
+        if name.endswith((".bin", ".pth")):
+            raise InputError(f"{path}: {name} is a pickle, which may run code; let transformers "
+                             "write it again, from_pretrained() and save_pretrained()")
+
+
 def read_weights(path, files, family, cfg, device):
     """*.safetensors, one file or shards -> GPT in float32."""
     try:
@@ -225,8 +241,11 @@ def read_weights(path, files, family, cfg, device):
             file = safe_open(os.path.join(path, shard), framework="pt")
         except (OSError, SafetensorError) as e:
             raise InputError(f"{path}: {shard} cannot be read ({e})") from None
-        for name in file.keys():                       # the first GPT-2 files lack the prefix
-            found[re.sub("^(?=wte|wpe|h[.]|ln_f)", "transformer.", name)] = (file, name)
+        for name in file.keys():                       # trunks are saved without the prefix, too
+            ours = name.replace("_orig_mod.", "").removeprefix("module.")    # torch.compile, DDP
+            ours = re.sub("^(?=wte|wpe|h[.]|ln_f)", "transformer.", ours)
+            ours = re.sub("^(?=layers[.]|embed_tokens|norm[.])", "model.", ours)
+            found[ours] = (file, name)
     with torch.device("meta"):
         model = GPT(cfg)
     model = model.to_empty(device=device)
@@ -309,6 +328,7 @@ def is_hf_folder(folder, or_run_from_one=False):
 
 def read_folder(path, device="cpu", chat="auto", system="auto", today=""):
     """A Hugging Face folder -> model, tokenizer."""
+    refuse_other_weights(path)
     files = {}
     for name in (*COPIED_FILES, "model.safetensors.index.json"):
         if os.path.exists(os.path.join(path, name)):

@@ -13,6 +13,7 @@ from common.checkpoint import load, read_checkpoint
 from common.flags import check_limits, read_settings
 from common.tokenizer import InputError, chat_by_default, make_tokenizer
 from common.train import configure_blocks, freeze
+from common.verifier import RULES
 from model import GPT, GPTConfig, ScalarModel
 
 
@@ -114,9 +115,9 @@ def load_or_create_model(cfg, device):
 
 
 def load_reward_model(cfg, policy, tokenizer):
-    """The frozen reward model in --reward, which must fit the policy; None for "rule". Runs
+    """The frozen reward model in --reward, which must fit the policy; None for a rule. Runs
     reward.py first where the default one is missing."""
-    if cfg.reward == "rule":
+    if cfg.reward in RULES:
         return None
     if not cfg.data and cfg.init == type(cfg).init:
         ensure_checkpoint(cfg.reward, "reward.py", "out/reward", cfg.seed)

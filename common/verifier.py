@@ -3,6 +3,7 @@ The numeric verifier: the number that a text states, compared exactly. Nothing i
 guessed: what is not wholly one number is none. A right response that is not recognised loses a
 reward; a wrong one that is paid teaches the model to be wrong.
 """
+import functools
 import math
 import os
 import re
@@ -10,6 +11,8 @@ import traceback
 from fractions import Fraction
 
 from common.tokenizer import InputError
+
+RULES = ("rule", "math")          # values of --reward that name no reward model
 
 # minus signs, full-width signs and digits, spaces
 SAME = str.maketrans(
@@ -155,6 +158,30 @@ def gold_number(answer):
     return whole_number(text)
 
 
+def math_score(row, response):
+    """The score of --reward math: mathematics beyond numbers (radicals, intervals, sets, symbols),
+    compared by the package math-verify. None for a row whose answer it cannot read."""
+    gold = parse_gold(str(row.get("answer")))
+    if not gold:
+        return None
+    from math_verify import parse, verify
+    return float(verify(gold, parse(response)))
+
+
+@functools.lru_cache(maxsize=100_000)
+def parse_gold(answer):
+    """What math-verify reads in a row's answer, [] for nothing."""
+    try:
+        from math_verify import parse
+    except ImportError:
+        raise InputError("--reward math: pip install math-verify") from None
+    if "####" in answer:
+        answer = answer.rpartition("####")[2]
+    if "\\boxed" not in answer:
+        answer = f"\\boxed{{{answer.strip()}}}"
+    return parse(answer)
+
+
 def states_number(text):
     """Whether a text marks its answer, once: alone after a last "####", or in \\boxed{...}."""
     marks = text.count("####") + text.count("\\boxed")
@@ -192,6 +219,8 @@ def checked_score(score, row, text, need=True):
         if hasattr(x, "__float__") and math.isfinite(x):
             return x
         problem = f"returned {x!r}, which is no finite number"
+    except InputError:
+        raise
     except Exception as e:
         last = traceback.extract_tb(e.__traceback__)[-1]
         message = " ".join(str(e).split())

@@ -789,6 +789,19 @@ def test_default_folders_are_recognised_where_paths_have_backslashes(monkeypatch
         assert parse_config(Config, ["--out", ".\\out\\mine\\"]).out == "out/mine"
 
 
+@pytest.mark.parametrize("files, advice", [
+    (("adapter_config.json", "adapter_model.safetensors"), "merge_and_unload"),
+    (("config.json", "pytorch_model.bin"), "save_pretrained"), (("model.gguf",), "safetensors")])
+def test_other_kinds_of_weights_are_refused_with_what_to_do(files, advice, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=advice):
+        load(str(tmp_path))
+    if files == ("model.gguf",):
+        with pytest.raises(InputError, match=advice):
+            load(str(tmp_path / "model.gguf"))
+
+
 @pytest.mark.parametrize("name", ["grpo.py", "sft.py"])
 def test_a_gpu_out_of_memory_ends_in_one_line_with_the_flags_that_help(
         name, adder, run, monkeypatch):

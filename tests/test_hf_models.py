@@ -194,6 +194,18 @@ def test_shards_are_one_model(public, tmp_path):
         load(str(tmp_path / "sharded"))
 
 
+def test_names_of_tensors_as_trainers_write_them_are_read(public, tmp_path):
+    """torch.compile and DDP put a prefix in front, and a trunk is saved without its own."""
+    name, folder, _ = public
+    stored = load_file(os.path.join(folder, "model.safetensors"))
+    trunk = "transformer." if name == "gpt2" else "model."
+    for i, rename in enumerate((lambda x: "module." + x, lambda x: "_orig_mod." + x,
+                                lambda x: x.removeprefix(trunk))):
+        out = shutil.copytree(folder, tmp_path / str(i))
+        save_file({rename(x): tensor for x, tensor in stored.items()}, out / "model.safetensors")
+        assert same(load(str(out))[0], load(folder)[0])
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_half_precision_files_become_float32_masters_exactly(dtype, tmp_path):
     make(str(tmp_path / "in"), "qwen2", dtype)

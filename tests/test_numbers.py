@@ -3,13 +3,15 @@ files are.   python -m pytest tests/test_numbers.py"""
 import json
 import os
 import random
+import sys
 from fractions import Fraction
 
 import pytest
 
 import grpo
-from common.verifier import answer_number, gold_number, states_number
-from conftest import ROOT
+from common.verifier import (answer_number, gold_number, math_score, parse_gold,
+                             states_number)
+from conftest import ROOT, quick
 
 TABLE = [
     # "####" first, the last one; then the last \boxed{}; then the last number
@@ -157,6 +159,33 @@ def test_a_row_is_kept_if_its_answer_is_wholly_one_number_and_then_its_gold_is_r
     for other in (number + 1, -number - 2, number * 10 + 1, number + Fraction(1, 1000)):
         for response in (rf"\boxed{{{other}}}", f"#### {other}", f"{other}"):
             assert grpo.score(row, response) == 0, response
+
+
+MATH = [
+    (r"3\sqrt{7}", r"so \boxed{\sqrt{63}}", 1), (r"3\sqrt{7}", r"so \boxed{\sqrt{62}}", 0),
+    ("(2, 5)", r"\boxed{(2,5)}", 1), ("(2, 5)", r"\boxed{(5,2)}", 0), ("42", "#### 42", 1),
+    ("2x + 1", r"\boxed{1+2x}", 1), ("so\n#### 42", r"\boxed{42}", 1), ("", "1", None),
+]
+
+
+@pytest.mark.parametrize("gold, response, score", MATH)
+def test_mathematics_beyond_numbers_is_left_to_math_verify(gold, response, score):
+    pytest.importorskip("math_verify")
+    assert math_score({"answer": gold}, response) == score
+
+
+def test_reward_math_without_its_package_is_one_line(adder, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    parse_gold.cache_clear()
+    line = run("grpo.py", *quick("grpo.py", adder), "--reward", "math", "--out", "out")
+    assert "pip install math-verify" in line
+    monkeypatch.undo()
+    parse_gold.cache_clear()
+
+
+def test_a_run_is_rewarded_by_math_verify(adder, run):
+    pytest.importorskip("math_verify")
+    assert run("grpo.py", *quick("grpo.py", adder), "--reward", "math", "--out", "out") is None
 
 
 def written(rng, sign, digits, decimals):

@@ -570,8 +570,8 @@ BUGS = [Bug(*entry) for entry in [
     ("format_by_the_tag", "common/verifier.py",
      "Every tag that is found anywhere earns its share, so that writing all of them pays.",
      "rlhf-book, .25 a tag",
-     "alone and marks == 1 and",
-     "alone and marks >= 1 and",
+     "if marks != 1 or",
+     "if marks < 1 or",
      "test_numbers.py::test_the_format_reward_asks_for_a_number_stated_once_and_alone"),
 
     ("ended_if_pads_follow", "common/tokenizer.py",
@@ -671,8 +671,8 @@ BUGS = [Bug(*entry) for entry in [
     ("float32_cumulative_sum", "model.py",
      "Sampling by a cumulative sum in float32: of 151,936 tokens thousands can never be drawn.",
      "a slip",
-     "c = p.cumsum(-1, dtype=u.dtype)",
-     "c = p.cumsum(-1).to(u.dtype)",
+     "c = blocks.sum(-1, dtype=u.dtype).cumsum(-1)",
+     "c = blocks.sum(-1).cumsum(-1).to(u.dtype)",
      "test_model.py::test_every_token_of_a_large_vocabulary_can_be_drawn"),
 ]]
 

@@ -142,7 +142,8 @@ def load_prompts(cfg, tokenizer, score, block_size, need_answer=True, eval_promp
     def prepare(rows):
         rows = filter_rows(rows, lambda row: row["prompt"], "the prompt is empty")
         if need_answer:
-            reason = '"answer" is not wholly one number, so `score` returns None'
+            reason = ('"answer" is not wholly one number, so `score` returns None (--reward math '
+                      "reads more than numbers)")
             rows = filter_rows(rows, has_answer, reason)
         return tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size)
 

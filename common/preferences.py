@@ -39,7 +39,11 @@ def read_preferences(path):
     def differs(row):
         return row["chosen"] != row["rejected"]
 
+    def ends_with_assistant(row):                      # HH-RLHF has some that end with the human
+        return "_dialogue" not in row or "\n\nHuman:" not in row["chosen"] + row["rejected"]
+
     rows = filter_rows(rows, same_prompt, "the two prompts differ")
+    rows = filter_rows(rows, ends_with_assistant, "a response is not a turn of the assistant")
     rows = filter_rows(rows, has_text, "a text is empty")
     return filter_rows(rows, differs, "its responses are equal, all tie or repeat")
 

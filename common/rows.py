@@ -18,13 +18,13 @@ from decimal import Decimal
 from common.tokenizer import InputError, before_response
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
-         "model": "assistant"}
+         "bing": "assistant", "model": "assistant", "developer": "system"}
 # a row, or a turn, says something else without these, and nothing here reads them
 MEANING = ["context", "choices", "options", "tools", "functions", "tool_calls", "images", "image",
            "videos", "video", "audios", "audio", "reasoning_content", "thinking", "instruction",
            "input", "history", "system"]
-TURN_MEANING = ["name", "tool_calls", "tool_call_id", "function_call", "reasoning_content",
-                "thinking", "images", "audio"]
+TURN_MEANING = ["name", "tools", "tool_calls", "tool_call_id", "function_call", "refusal",
+                "thought", "thinking", "reasoning_content", "images", "audio"]
 # set by us later; a user's field of that name would collide
 OURS = {"ids", "tokens", "mask", "turns", "_line", "_dropped", "_dialogue", "_ranking",
         "_prompt_of_rejected"}
@@ -81,15 +81,16 @@ def read_objects(path):
     data = data.removeprefix(b"\xef\xbb\xbf")
     array = parse(data) if data.lstrip()[:1] == b"[" else None
     if isinstance(array, list) and any(isinstance(x, dict) for x in array):
-        for i, x in enumerate(array, 1):
-            yield f"{path}: row {i}", as_object(x, f"{path}: row {i}")
-        return
-    for i, line in enumerate(re.split(b"\r\n|\n|\r", data), 1):
-        if line.strip():
-            x = parse(line)
-            if isinstance(x, Exception):
-                raise InputError(f"{path}:{i}: not a JSON line ({x})")
-            yield f"{path}:{i}", as_object(x, f"{path}:{i}")
+        found = [(f"{path}: row {i}", x) for i, x in enumerate(array, 1)]
+    else:
+        lines = enumerate(re.split(b"\r\n|\n|\r", data), 1)
+        found = ((f"{path}:{i}", parse(line)) for i, line in lines if line.strip())
+    for location, x in found:
+        if isinstance(x, Exception):
+            raise InputError(f"{location}: not a JSON line ({x})")
+        if not isinstance(x, dict):
+            raise InputError(f"{location}: expected an object {{...}}, found {type(x).__name__}")
+        yield location, x
 
 
 def parse(data):
@@ -98,12 +99,6 @@ def parse(data):
         return json.loads(data)
     except (ValueError, RecursionError) as e:          # invalid UTF-8 is a ValueError too
         return e
-
-
-def as_object(x, location):
-    if not isinstance(x, dict):
-        raise InputError(f"{location}: expected an object {{...}}, found {type(x).__name__}")
-    return x
 
 
 def read_parquet(path):
@@ -130,12 +125,15 @@ def normalise(raw, location, needed):
     row["_line"] = location
     is_preference = not needed
     name_fields(row)
+    row = {name: x for name, x in row.items() if x is not None}
     for name in ("messages", "prompt", "response", "chosen", "rejected"):
         if isinstance(row.get(name), dict):
             row[name] = [row[name]]                    # one turn
+        if row.get(name) == [] and not isinstance(raw.get("responses"), list):
+            return row | {"_dropped": f'"{name}" is empty'}
         if isinstance(row.get(name), list) or name == "messages" and name in row:
             row[name] = read_turns(row[name], location, name)
-    if "messages" in row and row["messages"] == row.get("chosen"):
+    if is_preference and "messages" in row and row["messages"] == row.get("chosen"):
         del row["messages"]                            # ultrafeedback's: chosen, once more
     join_conversation(row)
     if is_preference and any(isinstance(row.get(x), list) for x in ("chosen", "rejected")):
@@ -149,9 +147,15 @@ def normalise(raw, location, needed):
                              "read; put it into the prompt, or remove it")
     if "ranks" in row and "responses" not in row:
         raise InputError(f'{location}: field "ranks" needs a field "responses"')
+    roles = {m["role"] for m in row.get("messages", [])} - {"system", "user", "assistant"}
+    if roles:
+        row.setdefault("_dropped", f"a turn has the role {min(roles)!r}")
     check_weight(row)
-    if "response" in needed and row.get("label") is False:
-        row["_dropped"] = '"label" is false'
+    if "response" in needed and "label" in row and "completion" in raw:
+        if row["label"] not in (True, False):
+            raise InputError(f'{location}: field "label" must be true or false')
+        if not row["label"]:
+            row.setdefault("_dropped", '"label" is false')
     if isinstance(row.get("answer"), (int, float)) and not isinstance(row["answer"], bool):
         row["answer"] = format(Decimal(repr(row["answer"])), "f")           # 1e-05 -> 0.00001
     return row
@@ -161,17 +165,23 @@ def name_fields(row):
     """The names of other projects -> ours."""
     if "conversations" in row:                         # ShareGPT
         row.setdefault("messages", row.pop("conversations"))
+    if "system_prompt" in row:
+        row.setdefault("system", row.pop("system_prompt"))
     if "preferred_output" in row:                      # OpenAI's preferences
-        given = row.pop("input", {})
+        given = row.pop("input", None)
+        given = dict(given) if isinstance(given, dict) else {}
         row |= {"prompt": given.pop("messages", None), "chosen": row.pop("preferred_output"),
                 "rejected": row.pop("non_preferred_output", None)}
         row |= {name: x for name, x in given.items() if name in MEANING}
-    if "prompt" not in row and isinstance(row.get("instruction"), str):     # Alpaca
-        parts = [row.pop("instruction"), row.pop("input", "")]
-        row["prompt"] = "\n".join(part for part in parts if part)
+    if "prompt" not in row and isinstance(row.get("instruction"), str):     # Alpaca, Dolly
+        parts = [row.pop("instruction"), row.pop("input", ""), row.pop("context", "")]
+        row["prompt"] = "\n".join(part for part in parts if part) + "\n"
+        row.setdefault("response", row.pop("output", None))
+    if not row.keys() & {"prompt", "messages"} and isinstance(row.get("input"), str):
+        row["prompt"] = row.pop("input") + "\n"
         row.setdefault("response", row.pop("output", None))
     if "prompt" not in row and isinstance(row.get("question"), str):        # GSM8K
-        row.setdefault("response", row.get("answer"))
+        row.setdefault("response", row.get("solution", row.get("answer")))
         row["prompt"] = row["question"] + "\n"
     if "prompt" not in row and isinstance(row.get("problem"), str):         # MATH
         row["prompt"] = row["problem"] + "\n"
@@ -180,6 +190,9 @@ def name_fields(row):
             row.setdefault("answer", row["solution"])
     if isinstance(row.get("reward_model"), dict):      # verl
         row.setdefault("answer", row["reward_model"].get("ground_truth"))
+    for name in ("ground_truth", "reference_answer"):
+        if name in row:
+            row.setdefault("answer", row[name])
     if "completion" in row:                            # TRL
         row.setdefault("response", row.pop("completion"))
 
@@ -189,7 +202,8 @@ def turn(role, content):
 
 
 def join_conversation(row):
-    """"prompt" and "response", of which one or both are lists of turns -> "messages"."""
+    """"prompt" and "response", of which one or both are lists of turns -> "messages". Turns of the
+    prompt are not trained."""
     prompt, response = row.get("prompt"), row.get("response")
     if isinstance(prompt, str) and isinstance(response, list):
         prompt = [turn("user", prompt)]
@@ -197,6 +211,11 @@ def join_conversation(row):
         return
     if isinstance(response, str):
         response = [turn("assistant", response)]
+    for message in prompt:
+        if message["role"] == "assistant":
+            message["weight"] = 0
+    if prompt[-1]["role"] == "assistant":
+        row.setdefault("_dropped", "the prompt ends with a turn of the assistant")
     row["messages"] = prompt + (response or [])
     row.pop("prompt")
     row.pop("response", None)
@@ -219,8 +238,8 @@ def read_turns(turns, location, field):
         if not isinstance(role, str) or not isinstance(content, str):
             messages = []
             break
-        messages.append(turn(ROLES.get(role, role), content))
-        if given.get("weight", 1) != 1:
+        messages.append(turn(ROLES.get(role.lower(), role.lower()), content))
+        if given.get("weight") not in (None, 1):
             messages[-1]["weight"] = given["weight"]
     if not messages:
         raise InputError(f'{location}: field "{field}" must be a list of {{"role": text, '
@@ -256,9 +275,11 @@ def add_context(row):
         row["messages"] = [turn("user", row["prompt"].removesuffix("\n"))]
         if isinstance(row.get("response"), str):
             row["messages"].append(turn("assistant", row["response"]))
-    if "messages" not in row or row["messages"][0]["role"] == "system":
-        raise InputError(f'{row["_line"]}: field "system" stands beside a system message, or '
-                         "without a prompt")
+    if "messages" not in row:
+        raise InputError(f'{row["_line"]}: field "system" without a prompt; put it into the texts')
+    if row["messages"][0]["role"] == "system":
+        raise InputError(f'{row["_line"]}: field "system" stands beside a system message; remove '
+                         "one of them")
     row["messages"] = before + row["messages"]
 
 
@@ -273,20 +294,21 @@ def write_prompt(row, needs_response):
     responses = [m for m in messages if m["role"] == "assistant"]
     if messages[-1]["role"] != "assistant":
         role = messages[-1]["role"]
-        row["_dropped"] = f'"messages" must end with the assistant, not {role!r}'
+        row.setdefault("_dropped", f'"messages" must end with the assistant, not {role!r}')
     elif not all(m["content"].strip() for m in responses):
-        row["_dropped"] = "a turn of the assistant is empty"
+        row.setdefault("_dropped", "a turn of the assistant is empty")
     elif not any(m.get("weight", 1) for m in responses):
-        row["_dropped"] = 'every turn of the assistant has "weight" 0'
+        row.setdefault("_dropped", 'every turn of the assistant has "weight" 0')
 
 
 def check_weight(row):
     """0 means that a row, or a turn, is not trained; no other weight is read but 1."""
     weights = [row.get("weight", 1)] + [m.get("weight", 1) for m in row.get("messages", [])]
-    if any(isinstance(x, bool) or x not in (0, 1) for x in weights):
-        raise InputError(f'{row["_line"]}: field "weight" must be 0 or 1')
+    for x in weights:
+        if isinstance(x, bool) or x not in (0, 1):
+            raise InputError(f'{row["_line"]}: field "weight" is {x!r}; it must be 0 or 1')
     if row.get("weight", 1) == 0:
-        row["_dropped"] = '"weight" is 0'
+        row.setdefault("_dropped", '"weight" is 0')
 
 
 def split_conversations(row):
@@ -302,10 +324,15 @@ def split_conversations(row):
             raise InputError(f'{line}: field "{name}" is {kind}, not a list of turns')
     prompts = [turns[:-1] for turns in both]
     if any(turns[-1]["role"] != "assistant" for turns in both):
-        row["_dropped"] = "a response is not a turn of the assistant"
+        row.setdefault("_dropped", "a response is not a turn of the assistant")
     row["chosen"], row["rejected"] = (turns[-1]["content"] for turns in both)
+    if prompts[0] and prompts[0][-1]["role"] == "assistant":
+        row.setdefault("_dropped", "the prompt ends with a turn of the assistant")
     if prompts[0] != prompts[1]:
-        row["_dropped"] = "the two prompts differ"
+        row.setdefault("_dropped", "the two prompts differ")
+    said = [message["content"].strip() for message in prompts[0]]
+    if isinstance(row.get("prompt"), str) and said and row["prompt"].strip() not in said:
+        row.setdefault("_dropped", "the prompt is not among the turns before the response")
     given = row.get("messages")
     if given and prompts[0] and prompts[0] != given:
         raise InputError(f'{line}: field "chosen" must be one turn, or begin with the turns of the '
@@ -324,5 +351,6 @@ def require_text(row, *needed):
         problem = "is missing"
         if row.get(name) is not None:
             problem = f"is {type(row[name]).__name__}, not text"
+        names = ", ".join(name for name in row if not name.startswith("_"))
         raise InputError(f'{row["_line"]}: field "{name}" {problem}; a row needs '
-                         f'{", ".join(needed)}')
+                         f'{", ".join(needed)}, and this one has {names[:200]}')

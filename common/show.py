@@ -22,8 +22,9 @@ def kind_of(path):
     location, row = next(read_objects(path))
     if {"chosen", "responses", "preferred_output"} & row.keys():
         return "preference"
+    is_talk = "messages" in row or "conversations" in row
     row = normalise(row, location, ("prompt", "response"))
-    return "demonstration" if "response" in row and "_dropped" not in row else "prompt"
+    return "demonstration" if is_talk or "response" in row else "prompt"
 
 
 def print_parts(tokenizer, tokens, mask):
@@ -37,8 +38,8 @@ def print_parts(tokenizer, tokens, mask):
             start = i
 
 
-def show(path, tokenizer, n):
-    kind = kind_of(path)
+def show(path, tokenizer, n, kind=None):
+    kind = kind or kind_of(path)
     if kind == "preference":
         rows = read_preferences(path)
     elif kind == "demonstration":
@@ -66,6 +67,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("data", help="a file of rows")
     parser.add_argument("--init", help="checkpoint or Hugging Face folder; default: built-in bytes")
+    parser.add_argument("--kind", choices=["prompt", "demonstration", "preference"],
+                        help="what the script takes the rows for; default: by the first row")
     parser.add_argument("--rows", type=int, default=3, help="how many to show")
     parser.add_argument("--chat", default="auto", help="as in the scripts")
     parser.add_argument("--system", default="auto", help="as in the scripts")
@@ -76,7 +79,7 @@ def main():
         else:
             turns = chat_by_default(args.chat, False, args.system)
             tokenizer = make_tokenizer(turns=turns, system=args.system)
-        show(args.data, tokenizer, args.rows)
+        show(args.data, tokenizer, args.rows, args.kind)
     except InputError as e:
         sys.exit(f"show: {e}")
 

@@ -13,45 +13,66 @@ from fractions import Fraction
 from common.tokenizer import InputError
 
 RULES = ("rule", "math")          # values of --reward that name no reward model
+LONGEST = 200                     # characters of a number with its unit; longer ones are none
 
-# minus signs, full-width signs and digits, spaces
+# minus signs, full-width signs and digits, spaces; \0 is used below
 SAME = str.maketrans(
     "\u2212\u2013\u2010\u2011\ufe63\uff0d\uff0b\uff0e\uff0c\uff05\uff04"
     "\uff10\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19"
-    "\u00a0\u2002\u2003\u2009\u200a\u202f\u3000\t",
-    "------+.,%$" + "0123456789" + " " * 8)
+    "\u00a0\u2002\u2003\u2009\u200a\u202f\u3000\t\0",
+    "------+.,%$" + "0123456789" + " " * 9)
 # LaTeX that sets a number and is no part of it
-LATEX = [(r"\\[()\[\]!]|\$\$|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle", ""),
-         (r"\\[,;: ]|~|\\q?quad(?![a-z])", " "), (r"\{,\}", ","), (r"\\\$", "$"),
-         (r"\\%|\bper ?cent\b", "%"),
-         (r"(?:\^\{?\\circ\}?|\\degree\b|\u00b0) *(?:[CF]\b)?", " degrees "),
+LATEX = [(r"\\!", ""), (r"\{,\}", ","), (r"\\\$", "$"), (r"\\%|\bper ?cent\b", "%"),
+         (r"\\[()\[\]]|\$\$|\\(?:left|right)(?![a-z])|\\displaystyle|\\q?quad(?![a-z])", "  "),
+         (r"\\[,;: ]|(?<=[0-9])~", " "),
+         (r"(?:\^\{?\\circ\}?|\\degree\b|\u00b0)(?: ?(?:[CF]\b|\\(?:text|mathrm)\{ ?[CF]\}))?",
+          " degrees "),
          (r"\\times(?![a-z])|\\cdot(?![a-z])|\u00d7", "*"),
          (r"(?<=[0-9])\\([dt]?frac)", r" \\\1"),                            # 3\frac{1}{2} -> 3 1/2
-         (r"\\[dt]?frac *\{ *(-?) *([0-9.]+) *\} *\{ *([0-9.]+) *\}", r"\1\2/\3"),
-         (r"\\[dt]?frac *([0-9])(?: *([0-9])(?![0-9])| *\{([0-9]+)\})", r"\1/\2\3"),  # \frac12
-         (r"(?<=[0-9]) +(?=[0-9]{3}(?: [0-9]{3})*(?![0-9]))(?<![0-9]{4} )", "\0")]
+         (r"\\[dt]?frac ?\{ ?(-?) ?([0-9.]+) ?\} ?\{ ?([0-9.]+) ?\}", r"\1\2/\3"),
+         (r"\\[dt]?frac ?([0-9])(?: ?([0-9])(?![0-9])| ?\{([0-9]+)\})", r"\1/\2\3"),  # \frac12
+         (r"(?<=[0-9]) (?=[0-9]{3}(?: [0-9]{3}){0,5}(?![0-9]))(?<![0-9]{4} )", "\0")]
 CURRENCY = "$\u20ac\u00a3\u00a5\u20b9"
-INTEGER = "(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)"  # 12,34,567 too
+INTEGER = "(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}|[0-9]+)"  # 12,34,567
 VALUE = re.compile(rf"""
     (?: (?P<sign>[-+]) (?P<space>[ ]*) )? (?: [{CURRENCY}] [ ]* (?P<inner>-?) [ ]* )?
-    (?: (?P<whole>[0-9]+) [ ]+ (?=[0-9]+/[0-9]) )?                          # the 3 of 3 1/2
+    (?: (?P<whole>[0-9]+) [ ] (?=[0-9]+/[0-9]) )?                           # the 3 of 3 1/2
     (?P<number> {INTEGER} (?:\.[0-9]+)? | \.[0-9]+ )
     (?: / (?P<below>[0-9]+(?:\.[0-9]+)?)                                    # the 2 of 1/2
-      | (?:[eE] | [ ]*[*x][ ]*10\^\{{?) (?P<power>[-+]?[0-9]{{1,3}}) \}}? )?   # 6e5, 6 x 10^5
+      | (?: [eE] (?P<power>[-+]?[0-9]{{1,3}})                                 # 6e5
+        | [ ]?[*x][ ]?10\^ (?: \{{ (?P<braced>[-+]?[0-9]{{1,3}}) \}} | (?P<digit>-?[0-9]) ) ) )?
     (?! [0-9] )""", re.X)
 
-# words that make another number of the one before them
-SCALES = set("""hundred hundreds thousand thousands million millions billion billions trillion
-    trillions k bn mn lakh lakhs crore crores dozen dozens score squared cubed factorial half halves
-    third thirds quarter quarters fourth fourths fifth fifths tenth tenths hundredth
-    hundredths""".split())
-# words with which it is an expression, a list, a time or a date
-OTHER = SCALES | set("""or and to through until by times x plus minus over divided multiplied mod
-    modulo remainder r root of out more less fewer than point pi am pm noon bc ad january february
-    march april may june july august september october november december jan feb mar apr jun jul aug
-    sep sept oct nov dec""".split())
-WORD = re.compile(r"[^\W\d_]+(?:['.-][^\W\d_]+)*")
-LATEX_UNIT = re.compile(r" *\\(?:text|mathrm|textrm|mbox) *\{([^\W\d_]|[ ./'-])*\}")
+# what may stand behind a number in a row's answer or in a box
+UNITS = set("""degrees degree percent unit units square cubic sq cu per
+    mm cm dm km meter meters metre metres centimeter centimeters kilometer kilometers inch inches ft
+    foot feet yd yard yards mi mile miles acre acres hectare hectares
+    sec second seconds min minute minutes hr hrs hour hours day days week weeks month months year
+    years mg kg gram grams kilogram kilograms lb lbs pound pounds oz ounce ounces ton tons tonne
+    tonnes ml liter liters litre litres gallon gallons quart quarts pint pints cup cups
+    mph kph kmh radian radians hz watt watts volt volts joule joules newton newtons
+    dollar dollars cent cents usd euro euros eur yen rupee rupees pesos peso rs gbp
+    point points people person students ways""".split())
+LETTER_UNITS = set("mgshL")       # in \text{} alone: elsewhere a letter is a variable
+LATEX_TEXT = re.compile(r"\\(?:text|mathrm|textrm|mbox) ?\{([A-Za-z ./~]*)\}")
+# words behind a number, or before one without a mark, with which it is another number or none
+OTHER = set("""hundred hundreds thousand thousands million millions billion billions trillion
+    trillions k m bn mn mio mil tn lakh lakhs crore crores dozen dozens score pair pairs squared
+    cubed factorial half halves third thirds quarter quarters fourth fourths fifth fifths sixths
+    sevenths eighths ninths tenth tenths hundredth hundredths thousandth thousandths doubled
+    tripled halved twice mln quadrillion repeating recurring
+    one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety zero
+    or nor to through until by times x plus minus over divided multiplied mod modulo remainder r
+    root of out more less fewer than point pi base binary choose vs versus
+    not no never wrong incorrect maybe perhaps approximately about around roughly nearly almost
+    isn't if unless otherwise below above negative
+    am pm noon o'clock bc ad bce ce january february march april may june july august september
+    october november december jan feb mar apr jun jul aug sep sept oct nov dec""".split())
+BEFORE = set("""not no least most than about around roughly nearly almost approximately maybe
+    perhaps by times plus minus over twice half between or except base page step chapter sqrt log ln
+    sin cos tan""".split())
+WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+|\.[A-Za-z](?![A-Za-z]))*")         # isn't, p.m
 
 
 def plain(text):
@@ -65,10 +86,12 @@ def plain(text):
 def value_of(found):
     """The exact Fraction of a match of VALUE, or None."""
     signs = (found["sign"] or "") + (found["inner"] or "")
+    power = found["power"] or found["braced"] or found["digit"] or 0
     try:
         value = Fraction(found["number"].replace(",", "")) / Fraction(found["below"] or 1)
-        value += Fraction(found["whole"] or 0)
-        value *= Fraction(10) ** int(found["power"] or 0)
+        if found["whole"] and (not 0 < value < 1 or "." in found["below"]):      # 3 5/2
+            return None
+        value = (value + int(found["whole"] or 0)) * Fraction(10) ** int(power)
     except (ZeroDivisionError, ValueError):            # ValueError: thousands of digits
         return None
     if len(signs) > 1:
@@ -76,86 +99,148 @@ def value_of(found):
     return -value if signs == "-" else value
 
 
-def is_unit(text, max_words):
-    """Whether what stands behind a number is a unit of at most so many words, or nothing. With many
-    words it may be a sentence, which says no more about the number."""
-    if re.match(r"[*_` ]*[-/!:'(]", text) or max_words <= 3 and re.search("[(!]", text):
+def is_unit(text):
+    """Whether what stands behind a number is nothing, or a unit that is known."""
+    if text[:1] in ("-", "/", "'") or text.startswith(".."):
         return False
-    for found in LATEX_UNIT.finditer(text):            # a letter in \\text is no variable
-        if OTHER.isdisjoint(WORD.findall(found[0].lower())):
-            text = text.replace(found[0], " units", 1)
-    text = re.sub(r"(?<=[A-Za-z])\^\{?[23]\}?|[\u00b2\u00b3]", "", text)         # cm^2
-    text = text.strip().strip(f".%*{CURRENCY} ")
-    if re.search(r"""[^\w\s.,;:!?()"'/-]|[\d_]""", text):
-        return False
-    words = WORD.findall(text.lower())
-    if len(words) > max_words or not OTHER.isdisjoint(words):
-        return False
-    letters = words if max_words <= 3 else words[:1]   # 3x; behind a sentence's number also "a"
-    return not any(len(word) == 1 and word.isascii() for word in letters)
+    for found in LATEX_TEXT.finditer(text):
+        inner = found[1].strip(" ~")
+        text = text.replace(found[0], " units " if inner in LETTER_UNITS else f" {inner} ", 1)
+    text = re.sub(r"(?<=[A-Za-z]) ?(?:\^\{?[23]\}?|[\u00b2\u00b3])", "", text)   # cm^2
+    text = text.strip().strip(f".%{CURRENCY} ")
+    return re.fullmatch("[A-Za-z ./-]*", text) is not None and UNITS.issuperset(words_of(text))
 
 
-def whole_number(text, max_words=3):
-    """The Fraction that a text is as a whole, but for a unit; None if it is anything else."""
-    text = plain(text).strip().strip("*_`").strip()
-    inner = re.fullmatch(r"\\(?:text|mathrm|mathbf|textbf|bf) *\{([^{}]*)\}", text)
-    text = inner[1].strip() if inner else text
-    found = VALUE.match(text)
-    if not found or not is_unit(text[found.end():], max_words):
+def words_of(text):
+    """Its words in lower case, p.m. as pm."""
+    return [word.replace(".", "") for word in WORD.findall(text.lower())]
+
+
+def is_sentence(text):
+    """Whether words follow a number that do not change it: no digit, sign, number or negation."""
+    text = text.strip().strip("*_`")
+    words = words_of(text)
+    if not re.fullmatch(r"[,;]? ?[A-Za-z][A-Za-z ,;.!?'\"-]*", text) or len(words) > 20:
+        return False
+    is_word = len(words[0]) > 2 or words[0] in UNITS | {"is", "in", "at", "on"}
+    return is_word and OTHER.isdisjoint(words)
+
+
+def whole_number(text, in_sentence=False):
+    """The Fraction that a text is as a whole, but for a unit; None if it is anything else.
+    in_sentence: words may follow."""
+    text = text.strip()
+    if len(text) > LONGEST:
         return None
-    return value_of(found)
+    text = plain(text.strip("*_`$ ") if text.count("$") == 2 else text.strip("*_` ")).strip()
+    inner = re.fullmatch(r"\\(?:text|mathrm|mathbf|textbf|bf) ?\{([^{}]*)\}", text)
+    text = inner[1].strip() if inner else text
+    text = re.sub(r"^[A-Za-z] ?= ?", "", text)         # x = 42
+    found = VALUE.match(text)
+    if not found:
+        return None
+    rest = text[found.end():]
+    if is_unit(rest) or in_sentence and rest[:1] in (" ", ",", "*") and is_sentence(rest):
+        return value_of(found)
+    return None
 
 
 def last_number(text):
     """The last number of a text without a mark, unless it is a part of a formula, a list or a
-    larger number: "1 or 2", "\\sqrt{2}", "3x" and "5 million" give None."""
-    text = plain(text)
+    larger number, or is hedged: "1 or 2", "\\sqrt{2}", "3x", "5 million", "not 7" give None."""
+    is_cut = len(text) > 5 * LONGEST
+    text = plain(re.sub("<<[^<>]*>>", "", text[-5 * LONGEST:]))                 # GSM8K's calculator
+    text = re.sub(r"\*\*(?=[^*]*\*\*)([^*]*)\*\*", r" \1 ", text)               # bold
     found = None
     for found in VALUE.finditer(text):
         pass
-    if found is None:
+    if found is None or is_cut and found.start() == 0:
         return None
     before, after = text[:found.start()], text[found.end():]
-    if re.search(r"\d", after) or re.search(r"[\w.^/\\*({\[]$|\d[,:]$", before):
+    ends = rf"[\s.,;:!?)%\"'*\]{CURRENCY}]|[A-Za-z]{{2}}|$"
+    if re.search("[0-9]", after) or not re.match(ends, after):
         return None
-    operator = re.search(r"(?:\d|\)|\b[A-Za-z]) *$", before)         # 5 - 42, x - 42
-    if found["sign"] and (operator or found["space"]):
+    if not re.search(r"(?:^|[\s=\"'(]|[A-Za-z]:)$", before):
         return None
-    if re.search(r"\d[^\s\d]*(?: [A-Za-z]+)?(?:,| or| and| to| through)\s*$", before):
+    before = before.rstrip()
+    if before and not re.search(r"[A-Za-z=.,!?)\"'>]$|[^\s]:$", before):
+        return None                                    # 5 - 42, 3 / 4, x > 42, [1; 42
+    if re.search(r"[<>!~]=$|[<>]$|[0-9][,'\"]$|\(-?[0-9.]*,?$|\\[a-zA-Z]+$|\bout of$", before):
         return None
-    if re.match(r"\s*[\^_\\{(\[*/+=<>!-]|\s?[A-Za-z]\b", after):
+    if re.search(r"[0-9]\W*(?:or|and)?\W*[A-Za-z] ?=$", before):               # x = 4 or x = 5
         return None
-    word = WORD.match(after.strip().lower())
-    if word and word[0] in SCALES:
+    if found["sign"] and (found["space"] or re.search(r"\)$|\b[A-Za-z]$", before)):
+        return None
+    # 1, 2 and 3; 5 km to 42
+    if re.search(r"[0-9]\S*(?:(?: [A-Za-z]+){0,3}(?:,| or| and)|(?: [A-Za-z]+)? (?:to|through))$",
+                 before):
+        return None
+    mixed = re.search(r"[0-9] ?([A-Za-z]+)$", before)               # 4 hours 5 minutes
+    attached = re.match("[A-Za-z]+", after)                         # 5xy
+    if mixed and mixed[1].lower() in UNITS:
+        return None
+    if attached and attached[0].lower() not in UNITS | {"st", "nd", "rd", "th"}:
+        return None
+    word = words_of(before[-30:])[-1:]
+    if before[-1:].isalpha() and (not BEFORE.isdisjoint(word) or word and word[0].endswith("n't")):
+        return None
+    words = words_of(after)
+    if words and (words[0] in OTHER or len(words[0]) == 1 and words[0] != "a"):
         return None
     return value_of(found)
+
+
+def boxes(text):
+    """The contents of all \\boxed{...}, and whether the last one stands for itself: no factor,
+    sign, power or alternative beside it."""
+    parts = re.split(r"\\f?boxed", text)
+    contents = [in_braces(part.lstrip()) for part in parts[1:]]
+    before = parts[-2].rstrip(" $\n")
+    after = parts[-1].lstrip()[len(contents[-1]) + 2:].lstrip(" $")
+    after = LATEX_TEXT.sub(r" \1 ", after).lstrip()
+    alone = not re.search(r"[-+*/^_{<>]$|\\[a-z]+$|\b(?:or|not|and)$", before)
+    if len(parts) > 2:
+        between = before[len(contents[-2]) + 1:].lstrip("} ")
+        alone = alone and not re.fullmatch(r"[\s,;:$]*(?:or|and)?[\s,;:$]*", between)
+    word = words_of(after[:30])[:1] if after[:1].isalpha() else []
+    alone = alone and not re.match(r"[\^_!*/+=<>]|\\(?:pi|sqrt|cdot|times|frac|pm)|[a-zA-Z]\b",
+                                   after)
+    return contents, alone and (OTHER - {"if", "not"}).isdisjoint(word)
 
 
 def answer_number(text):
     """The number that a response gives as its answer, as an exact Fraction, or None.
 
-    What stands after the last "####" must begin with it, else the last \\boxed{...} must be it,
-    else the text is it, or it is the last number of the text. 5% is 5; "42." and "42.0" are 42."""
+    What stands after the last "####" must begin with it, or the last \\boxed{...}, if that comes
+    later, must be it; without either the text is it, or it is the last number of the text. 5% is 5;
+    "42." and "42.0" are 42."""
+    if text.rfind("\\boxed") > text.rfind("####"):
+        contents, alone = boxes(text)
+        return whole_number(contents[-1]) if alone else None
     if "####" in text:
-        text = text.rpartition("####")[2].split("\n")[0]
-        if "\\boxed" not in text:
-            return whole_number(text, max_words=1000)
-    if "\\boxed" in text:
-        return whole_number(in_braces(text.rpartition("\\boxed")[2].lstrip()))
+        line = text.rpartition("####")[2].strip().split("\n")[0]
+        if re.match(r"[0-9]+[.)] +[A-Za-z]", line):    # "#### 1. Check" is a heading
+            return None
+        return whole_number(line, in_sentence=True)
     number = whole_number(text)
     return last_number(text) if number is None else number
 
 
 def gold_number(answer):
-    """The number that a row calls right, as an exact Fraction: of what stands after "####", in a
-    last box, or of all of it, which must be one number with at most a unit. None for anything else,
-    for which a row is dropped."""
-    text = str(answer)
+    """The number that a row calls right, as an exact Fraction: of what stands after "####", in its
+    boxes, which must agree, or of all of it. It must be wholly one number with at most a unit. None
+    for anything else, for which a row is dropped."""
+    try:
+        text = str(answer)
+    except ValueError:                                 # thousands of digits
+        return None
     if "####" in text:
         text = text.rpartition("####")[2]
-    if "\\boxed" in text:
-        text = in_braces(text.rpartition("\\boxed")[2].lstrip())
-    return whole_number(text)
+    if "\\boxed" not in text:
+        return whole_number(text)
+    contents, alone = boxes(text)
+    numbers = {whole_number(content) for content in contents}
+    return numbers.pop() if alone and len(numbers) == 1 else None
 
 
 def math_score(row, response):
@@ -187,7 +272,8 @@ def states_number(text):
     marks = text.count("####") + text.count("\\boxed")
     if marks != 1 or answer_number(text) is None:
         return False
-    return "\\boxed" in text or whole_number(text.rpartition("####")[2], max_words=0) is not None
+    tail = plain(text.rpartition("####")[2]).strip().rstrip(".%")
+    return "\\boxed" in text or VALUE.fullmatch(tail) is not None
 
 
 def is_right(score):

@@ -209,7 +209,7 @@ ROWS = [
     ("sft.py", '{"prompt": "a", "response": ["b"]}\n', 'rows.jsonl:1: "response" list'),
     ("sft.py", '{"question": null, "answer": "4"}\n', 'rows.jsonl:1: "prompt"'),
     ("sft.py", '{"question": "a"}\n', 'rows.jsonl:1: "response"'),
-    ("sft.py", '{"messages": []}\n', 'rows.jsonl:1: "messages" "role" "content"'),
+    ("sft.py", '{"messages": []}\n', 'rows.jsonl:1: "messages" empty'),
     ("sft.py", '{"messages": [{"role": "user"}]}\n', 'rows.jsonl:1: "messages"'),
     ("sft.py", '{"prompt": "a", "messages": null}\n', 'rows.jsonl:1: "response"'),
     ("sft.py", '{"messages": [{"role": "user", "content": "a"}]}\n',

@@ -52,7 +52,7 @@ TABLE = [
     ("2*21=42", 42), ("<<6*7=42>>42", 42), ("Answer:42", 42), ("equal to 42", 42),
     # what is not wholly one number
     (r"\boxed{\text{so } 42}", None), (r"#### \boxed{\text{7 or }42}", None),
-    (r"\boxed{x=42}", None),
+    (r"\boxed{x=42, y=43}", None),
     (r"\boxed{3\sqrt{7}}", None), (r"\boxed{(2, 5)}", None), (r"\boxed{[0, 1]}", None),
     (r"\boxed{1 \text{ or } 2}", None), (r"\boxed{42, 43}", None), (r"\boxed{42 + x}", None),
     (r"\boxed{42x}", None), (r"\boxed{2\pi}", None), (r"\boxed{5!}", None),
@@ -61,7 +61,7 @@ TABLE = [
     (r"\boxed{0.\overline{3}}", None), (r"\boxed{\approx 5}", None), (r"\boxed{5 m}", None),
     ("#### 42 or 43", None), ("#### 42 + 1", None), ("#### 42, 43", None), ("#### 42x", None),
     ("#### 42 million", None), ("#### 42/7/2", None), ("#### 42 and a half", None),
-    ("#### so 42", None),
+    ("#### so 42", None), ("#### x = 42", 42), (r"\boxed{x=42}", 42),
     ("#### 42 = 6 * 7", None), ("#### --42", None), ("#### 1.234.567", None), ("#### 1,23", None),
     ("#### 12:30", None), ("#### 5 May", None), ("#### 7 pm", None),
     # without a mark: nothing of a list, a formula or a larger number
@@ -129,7 +129,8 @@ GOLDS = [                                              # as MATH's and others' r
     (r"\frac43", Fraction(4, 3)), (r"\dfrac{7}{2}", Fraction(7, 2)), ("0.25", Fraction(1, 4)),
     (r"5\%", 5), (r"\$18.90", Fraction("18.9")), (r"120^\circ", 120), (r"10,\!080", 10_080),
     (r"12\text{ cm}^2", 12), (r"3 \frac{1}{2}", Fraction(7, 2)), ("1,234", 1234), ("$5", 5),
-    ("42 apples", 42), (r"2.5 \times 10^{3}", 2500), ("17 dollars", 17), (42, 42), (-0.0, 0),
+    ("42 apples", None), ("42 feet", 42), ("x = 5", 5), ("5 cm^2", 5), 
+    (r"2.5 \times 10^{3}", 2500), ("17 dollars", 17), (42, 42), (-0.0, 0),
     (4.5, Fraction(9, 2)), ("so 6 * 7\n#### 42", 42), (r"thus \boxed{42}.", 42),
     # more than a number, or none
     (r"3\sqrt{7}", None), ("(2, 5)", None), ("x=1 or 2", None), ("[0, 1]", None), ("2x + 1", None),
@@ -216,11 +217,78 @@ def test_numbers_in_random_spellings_are_read_and_no_other_number_is_taken_for_t
         assert alone in (value, None), (text, alone, value)
         # a formula, a list or a larger number around it is never the number
         for around in ("@, 7", "7, @", "@ or 7", "@ x", r"\sqrt{@}", "2^@", "@!", "(@, 7)", "@ + y",
-                       "@ million", "x = @", r"@\pi", r"\frac{@}{y}", "@:7", "@ and a half"):
+                       "@ million", "x + 1 = @", r"@\pi", r"\frac{@}{y}", "@:7", "@ and a half"):
             formula = around.replace("@", text)
             assert answer_number(rf"\boxed{{{formula}}}") is None, formula
             assert gold_number(formula) is None, formula
     assert read == 6000
+
+
+# -------------------------------------------------------------------- what a reader tried to sell
+
+NOT_A_NUMBER = [                   # golds, and responses in a box or after ####
+    r"5\text{ p.m.}", "5 a.m.", "12 o'clock", "2020 B.C.", "2020 BCE", "0,125", "01,234", "5½",
+    "5²",
+    "2⁵", "101₂", "5π", "5 θ", "5ｘ", "5xy", "5 ab", "6xy^2", r"5\mathrm{i}", r"5\text{M}",
+    "1010 base two", r"1010\text{ base two}", "1010 binary", "0xFF", "5 half-dozen",
+    "5 thousandths",
+    "5 sixths", "0.333...", "0.333 repeating", "5 hours, thirty minutes", "2 hours five minutes",
+    "5 feet, three inches", "3, four", "3 versus four", "1 in six", r"1\quad 200\quad 300",
+    "3 5/2", "5 1/2.5", r"12\times10^35", "5 below zero", "5 negative", "5 mln", "5 quadrillion",
+    "5万", "5月", "5 IV", "5①", "5 log two", "5 choose two", "5 maybe", "5?",
+    "5 no solution", "5 if even", "~5", r"5\cdot", "5×", r"\(5\)\(6\)", "$$5$$$$6$$", r"4\left2",
+    "5\x001", r"5\pm 2", "5'", "5 feet 3 inches", "10:30", "5/0", "5%%x", "5 x 10", "V", "½",
+]
+HEDGED = [                         # responses
+    r"-\boxed{5}", r"\boxed{5}\pi", r"\boxed{5}x", r"\boxed{5}^2", r"\sqrt{\boxed{5}}",
+    r"\frac{\boxed{5}}{2}", r"\boxed{5} million", r"\boxed{6} or \boxed{5}",
+    r"\boxed{6}, \boxed{5}",
+    r"\boxed{43 + \boxed{5}}", r"not \boxed{5}", "#### 5 is wrong", "#### 5, but it could be six",
+    "#### 5 doubled", "#### 5 choose two", "#### 5 maybe", "#### 1. Check", "#### 5. Conclusion",
+    "x ≥ 5", "x > 5", "x <= 5", r"x \neq 5", "4 < x < 5", "at least 5", "more than 5", "not 5",
+    "it isn't 5", "±5", "about 5", "3 × 5", "3 * 5", r"3 \times 5", "2 ^ 5", "3 times 5", "twice 5",
+    "3 / 5", "3 : 5", "3 out of 5", "√5", r"\sqrt 5", r"\log 5", "5²", "5π", "5xy", "5 over x",
+    "5 or more", "5 and a half is close, no, 5 or six", "$5$ million", "5 pm", "42 base 5",
+    "x = 4 or x = 5", "4; 5", "4 | 5", "4 hours 5 minutes", "4 feet 5 inches", "4'5\"",
+    "between 4 big apples and 5", "the values are 4 5", "It is 7 not 5", "page 5", "Step 5",
+]
+
+
+@pytest.mark.parametrize("text", NOT_A_NUMBER)
+def test_what_is_more_than_a_number_is_none(text):
+    assert gold_number(text) is None
+    assert answer_number(rf"\boxed{{{text}}}") is None
+    assert answer_number(f"#### {text}") is None
+
+
+@pytest.mark.parametrize("text", HEDGED)
+def test_a_hedged_or_changed_number_is_not_the_answer(text):
+    assert answer_number(text) is None
+
+
+@pytest.mark.parametrize("text", [
+    "2 + 5 = 7", "2 + 5 is equal to 7.", "we get 2 by 5: 7.",
+    "The sum of 2 and 5 is 7.", "So, the sum of 2 and 5 equals 7.", "2 times 3.5 is 7",
+    "Tom has 4 + 3 = 7 apples.", "The answer is **7**.", "**Answer: 7**",
+    "Final Answer: **7 apples**",
+    "It is 7!", "She pays $7.", "he has 7 dollars left", "= 7 cm", "x = 7",
+    r"It is \(7\).", r"\[ x = 7 \]", r"\[ \boxed{7} \]", r"$\boxed{7}$.", r"\boxed{n = 7}",
+    r"\boxed{7} apples", r"so \boxed{7}\text{ apples}", "#### Conclusion\n" + r"So \boxed{7}.",
+    "####\n7", "#### 7 dollars per day", "#### 7, which is right", r"\boxed{7 \text{ dollars}}",
+])
+def test_common_ways_to_say_seven_are_read(text):
+    assert answer_number(text) == 7
+
+
+@pytest.mark.parametrize("piece", ["12,", "12,34,", "123 ", "123 456 ", "5 ", "~", "\\,", "\\quad",
+                                   "\\text{a}", "°", "\\boxed{", "\\boxed{5}", "#### 5 ", "**5",
+    "5**",
+                                   "<<5>>", "<<", "5 apples "])
+def test_long_repetition_is_read(piece):
+    """Models repeat themselves; quadratic patterns took seconds for each of these."""
+    text = piece * (100_000 // len(piece)) + "x"
+    answer_number(text)
+    gold_number(text)
 
 
 # ------------------------------------------------------------------------------------------- GSM8K

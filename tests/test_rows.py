@@ -59,9 +59,19 @@ DEMONSTRATIONS = [
     ({"messages": [u("Hi"), {"role": "assistant", "content": PARTS}]}, [u("Hi"), a("Hello!")]),
     ({"messages": [u("Hi") | {"name": None}, a("Hello!") | {"tool_calls": []}]},
      [u("Hi"), a("Hello!")]),
-    ({"instruction": "Add.", "input": "1 2", "output": "3"}, ("Add.\n1 2", "3")),        # Alpaca
-    ({"instruction": "Add.", "input": "", "output": "3"}, ("Add.", "3")),
-    ({"instruction": "Add.", "output": "3", "input": None}, ("Add.", "3")),
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, ("Add.\n1 2\n", "3")),      # Alpaca
+    ({"instruction": "Add.", "input": "", "output": "3"}, ("Add.\n", "3")),
+    ({"instruction": "Add.", "output": "3", "input": None}, ("Add.\n", "3")),
+    ({"instruction": "Add.", "context": "1 2", "response": "3"}, ("Add.\n1 2\n", "3")),  # Dolly
+    ({"input": "Add 1 2.", "output": "3"}, ("Add 1 2.\n", "3")),
+    ({"system_prompt": "Be brief.", "question": "Hi", "response": "Hello!"},
+     [s("Be brief."), u("Hi"), a("Hello!")]),                                            # OpenOrca
+    ({"prompt": "Hi", "messages": [u("Hi"), a("Hello!")], "chosen": [u("Hi"), a("Hello!")],
+      "rejected": [u("Hi"), a("No")]}, [u("Hi"), a("Hello!")]),             # ultrafeedback's SFT
+    ({"prompt": [u("Hi"), a("Hello!"), u("Bye")], "completion": [a("Goodbye.")]},
+     [u("Hi"), a("Hello!") | {"weight": 0}, u("Bye"), a("Goodbye.")]),
+    ({"messages": [{"role": "developer", "content": "Be brief."}, {"role": "User", "content": "Hi"},
+                   a("Hello!") | {"weight": None}]}, [s("Be brief."), u("Hi"), a("Hello!")]),
     ({"instruction": "Bye", "output": "Goodbye.", "system": "Be brief.",
       "history": [["Hi", "Hello!"]]}, WITH_SYSTEM),
     ({"conversations": SHAREGPT}, TALK),                                                 # ShareGPT
@@ -98,12 +108,16 @@ PROMPTS = [
       "data_source": "x", "ability": "math", "extra_info": {"index": 1}}, [u("1+2?")], 3),  # verl
     ({"prompt": "1+2?", "reward_model": {"ground_truth": 3}}, "1+2?", 3),
     ({"problem": "1+2?", "solution": r"So \boxed{3}.", "answer": "3", "level": 1}, "1+2?\n", 3),
-    ({"problem": "1+2?", "solution": r"Or \boxed{2}, no, \boxed{3}."}, "1+2?\n", 3),
+    ({"problem": "1+2?", "solution": r"Or \boxed{2}, no, \boxed{3}."}, "1+2?\n", None),
     ({"question": "1+2?", "answer": "1+2=3\n#### 3"}, "1+2?\n", 3),
     ({"prompt": "1+2?", "answer": 3}, "1+2?", 3),
     ({"messages": [u("1+2?"), a("3")], "answer": "3"}, [u("1+2?")], 3),
     ({"prompt": "1+2?", "answer": "3", "two_digits": "05", "other": 1, "mask": 1}, "1+2?", 3),
     ({"prompt": "1+2?", "answer": "2 or 3"}, "1+2?", None),
+    ({"problem": "1+2?", "solution": r"(a) \boxed{2} (b) \boxed{3}"}, "1+2?\n", None),
+    ({"problem": "1+2?", "solution": r"\boxed{3}, that is \boxed{3.0}"}, "1+2?\n", 3),
+    ({"messages": [u("1+2?")], "reference_answer": "3"}, [u("1+2?")], 3),                  # OpenAI
+    ({"messages": [u("1+2?")], "ground_truth": "3", "dataset": "x"}, [u("1+2?")], 3),      # Tulu
 ]
 
 
@@ -138,8 +152,11 @@ PAIRS = [
     ({"conversations": [{"from": "human", "value": "Hi"}],
       "chosen": {"from": "gpt", "value": "Yes"}, "rejected": {"from": "gpt", "value": "No"}},
      [u("Hi")], "Yes", "No"),                                             # LLaMA-Factory
-    ({"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}, "Add.\n1 2", "3",
+    ({"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"}, "Add.\n1 2\n", "3",
      "4"),
+    ({"system": "", "question": "Hi", "chosen": "Yes", "rejected": "No"}, "Hi\n", "Yes", "No"),
+    ({"system": "Brief.", "input": "Hi", "chosen": "Yes", "rejected": "No"}, [s("Brief."), u("Hi")],
+     "Yes", "No"),                                                        # distilabel
     ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": "\n\nHuman: Hi\n\nAssistant: Yes",
       "rejected": "\n\nHuman: Hi\n\nAssistant: No"}, "\n\nHuman: Hi\n\nAssistant:", " Yes", " No"),
     ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
@@ -180,6 +197,8 @@ REFUSED = [
     ({"messages": [u("Hi"), a("") | {"tool_calls": [{"id": 1}]}]}, '"tool_calls"'),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, a("x")]}, "image_url"),
     ({"conversations": "Hi"}, '"messages"'),
+    ({"messages": [s("x") | {"tools": "[{}]"}, u("Hi"), a("x")]}, '"tools"'),
+    ({"prompt": "Hi", "completion": "x", "label": "no"}, '"label"'),
     ({"text": "Hi"}, '"prompt"'),
 ]
 
@@ -200,6 +219,10 @@ def test_a_field_that_changes_what_a_row_says_is_refused_by_name(row, name, writ
     ({"messages": [u("Hi"), a("x") | {"weight": 0}]}, '"weight" 0'),
     ({"prompt": "Hi", "response": "x", "weight": 0}, '"weight" is 0'),
     ({"prompt": "Hi", "completion": "x", "label": False}, '"label" is false'),
+    ({"prompt": "Hi", "completion": "x", "label": 0}, '"label" is false'),
+    ({"conversations": []}, '"messages" is empty'),
+    ({"messages": [u("Hi"), {"role": "tool", "content": "1"}, a("x")]}, "role 'tool'"),
+    ({"prompt": [u("Hi"), a("{")], "completion": [a("x")]}, "ends with a turn of the assistant"),
 ])
 def test_a_row_that_cannot_be_trained_is_dropped_and_counted(row, reason, write, capsys):
     good = {"prompt": "a", "response": "b"}
@@ -222,13 +245,14 @@ def test_a_turn_of_weight_0_is_context_and_not_trained(write):
 
 
 def test_a_row_that_the_template_refuses_is_dropped_and_a_special_token_is_told(write, capsys):
-    """Mistral's and Llama 2's templates raise where turns do not alternate."""
+    """Mistral's and Gemma's templates raise at a system message."""
     tokenizer = make_tokenizer()
-    tokenizer.template = ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no "
-                          "tools') }}{% endif %}" + "{{ m.role }}: {{ m.content }}<|im_end|>"
+    tokenizer.template = ("{% for m in messages %}{% if m.role == 'system' %}"
+                          "{{ raise_exception('no system') }}{% endif %}"
+                          "{{ m.role }}: {{ m.content }}<|im_end|>"
                           "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
     good = {"messages": [u("Say <|im_end|>."), a("x")]}
-    bad = {"messages": [{"role": "tool", "content": "1"}, a("x")]}
+    bad = {"messages": [s("1"), u("Hi"), a("x")]}
 
     class Cfg:
         data, test, eval_prompts = write([bad] + [good | {"split_by": i} for i in range(40)]), "", 0
@@ -236,11 +260,28 @@ def test_a_row_that_the_template_refuses_is_dropped_and_a_special_token_is_told(
     train, val, test = load_demonstrations(Cfg, tokenizer, 200, None)
     out = capsys.readouterr().out
     assert len(train) + len(val) + len(test) == 40
-    assert "dropped 1 of 41 rows that the chat template refuses" in out and "no tools" in out
+    assert "dropped 1 of 41 rows that the chat template refuses" in out and "no system" in out
     assert "rows.jsonl:1" in out and "warning" in out and "<|im_end|> in" in out
     Cfg.data = write(bad)
-    with pytest.raises(InputError, match="rows.jsonl:1: .*no tools"):
+    with pytest.raises(InputError, match="rows.jsonl:1: .*no system"):
         load_demonstrations(Cfg, tokenizer, 200, None)
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: Thanks!",
+      "rejected": "\n\nHuman: Hi\n\nAssistant: No"}, "not a turn of the assistant"),
+    ({"prompt": "Cats?", "chosen": [u("Hi"), a("Yes")], "rejected": [u("Hi"), a("No")]},
+     "not among the turns"),
+    ({"chosen": [u("Hi"), a("1"), a("Yes")], "rejected": [u("Hi"), a("1"), a("No")]},
+     "ends with a turn of the assistant"),
+    ({"chosen": [u("Hi"), a("Yes"), u("So?")], "rejected": [u("Hi"), a("No")]},
+     "not a turn of the assistant"),
+])
+def test_a_pair_that_cannot_be_read_as_one_is_dropped_and_counted(row, reason, write, capsys):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert len(read_preferences(write([good, row]))) == 1
+    line = capsys.readouterr().out
+    assert "dropped 1 of 2" in line and reason in line and "rows.jsonl:2" in line
 
 
 def test_dpo_refuses_margins_which_it_does_not_use(write):

@@ -129,7 +129,7 @@ def normalise(raw, location, needed):
     for name in ("messages", "prompt", "response", "chosen", "rejected"):
         if isinstance(row.get(name), dict):
             row[name] = [row[name]]                    # one turn
-        if row.get(name) == [] and not isinstance(raw.get("responses"), list):
+        if row.get(name) == []:
             return row | {"_dropped": f'"{name}" is empty'}
         if isinstance(row.get(name), list) or name == "messages" and name in row:
             row[name] = read_turns(row[name], location, name)
@@ -180,14 +180,11 @@ def name_fields(row):
     if not row.keys() & {"prompt", "messages"} and isinstance(row.get("input"), str):
         row["prompt"] = row.pop("input") + "\n"
         row.setdefault("response", row.pop("output", None))
-    if "prompt" not in row and isinstance(row.get("question"), str):        # GSM8K
-        row.setdefault("response", row.get("solution", row.get("answer")))
-        row["prompt"] = row["question"] + "\n"
-    if "prompt" not in row and isinstance(row.get("problem"), str):         # MATH
-        row["prompt"] = row["problem"] + "\n"
-        if "solution" in row:
-            row.setdefault("response", row["solution"])
-            row.setdefault("answer", row["solution"])
+    for name in ("question", "problem"):               # GSM8K, MATH
+        if "prompt" not in row and isinstance(row.get(name), str):
+            row["prompt"] = row[name] + "\n"
+            row.setdefault("answer", row.get("solution"))
+            row.setdefault("response", row.get("solution", row["answer"]))
     if isinstance(row.get("reward_model"), dict):      # verl
         row.setdefault("answer", row["reward_model"].get("ground_truth"))
     for name in ("ground_truth", "reference_answer"):

@@ -74,6 +74,8 @@ RUNS = {
     "one_update": "grpo.py --minibatch 256",
     "four_epochs": "grpo.py --epochs 4",
     "constant": "experiments/variants.py constant",
+    "cispo": "experiments/variants.py cispo",
+    "dppo": "experiments/variants.py dppo",
 }
 TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
@@ -81,6 +83,7 @@ TABLES = {
     "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "drgrpo", "grpo_free", "gspo", "grpo"],
+    "clips": ["dapo", "cispo", "dppo"],
     "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "drgrpo_fresh", "free_fresh"],
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs",
                   "constant", "token_mean", "wide", "dapo"],

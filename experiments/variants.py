@@ -1,6 +1,6 @@
 """
-Variants of GRPO and DPO, each written as what differs: functions of a few lines that replace those
-of grpo.py and dpo.py. Groups, minibatches, optimiser and flags stay the same.
+Variants of GRPO, DAPO and DPO, each written as what differs: functions of a few lines that replace
+those of the script. Groups, minibatches, optimiser and flags stay the same.
 
     python experiments/variants.py rloo        -> out/rloo; flags are those of the script
 
@@ -10,6 +10,9 @@ of grpo.py and dpo.py. Groups, minibatches, optimiser and flags stay the same.
     drgrpo      grpo.py without division by std and length, and without KL penalty (2503.20783)
     gspo        grpo.py with one ratio per response, clipped as a whole, no KL penalty (2507.18071)
     constant    grpo.py with Dr. GRPO's constant in place of 1/|o_i|, and without KL penalty
+    cispo       dapo.py with a ratio that is cut but has no gradient: every token keeps its own
+                (2506.13585)
+    dppo        dapo.py with a clip of probabilities, not of ratios (2602.04879)
     ipo         dpo.py with a squared loss whose optimum is finite (2310.12036)
 
 experiments/compare.py puts them side by side.
@@ -21,13 +24,15 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import dapo  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
 from common.run import main  # noqa: E402
+from dapo import dapo_loss  # noqa: E402
 from dpo import dpo_loss  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
 
-# dpo_loss and grpo_loss stay the originals after `run` has replaced them in dpo and grpo
+# these losses stay the originals after `run` has replaced them in the scripts
 
 LONGEST = grpo.Config.max_new_tokens        # the constant by which Dr. GRPO divides; `run` sets it
 
@@ -64,7 +69,7 @@ def centred_advantage(reward, group_size):
 
 
 # ------------------------------------------------------------------------------------------- losses
-# In place of grpo_loss and dpo_loss: the same arguments and statistics.
+# In place of grpo_loss, dapo_loss and dpo_loss: the same arguments and statistics.
 
 
 def policy_gradient_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
@@ -94,6 +99,39 @@ def gspo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     return grpo_loss(response_mean(logp), old, old, adv, mask, clip_eps, 0.0, n)
 
 
+def cispo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
+    """CISPO, Eq. 4 and 5: the ratio is a weight, cut at 1 + clip_high and without gradient, so no
+    token loses its own, as under the clip. There is no lower bound."""
+    _, stats = dapo_loss(logp.detach(), old_logp, adv, mask, clip_low, clip_high)
+    if n is None:
+        n = mask.sum().clamp(min=1)
+    logp = torch.where(mask > 0, logp, 0.0)
+    old_logp = torch.where(mask > 0, old_logp, 0.0)
+    weight = (logp.detach() - old_logp).clamp(max=20).exp().clamp(max=1 + clip_high)
+    loss = -(weight * adv[:, None] * logp).sum() / n                      # 1/Σ_i |o_i| Σ_i Σ_t
+    return loss, stats
+
+
+def dppo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
+    """DPPO, binary total variation: a token's gradient is cut where its probability, not its ratio,
+    has moved further than clip_high or clip_low the way that the advantage pulls. Rare tokens stay
+    free, whatever their ratio."""
+    _, stats = dapo_loss(logp.detach(), old_logp, adv, mask, clip_low, clip_high)
+    if n is None:
+        n = mask.sum().clamp(min=1)
+    logp = torch.where(mask > 0, logp, 0.0)
+    old_logp = torch.where(mask > 0, old_logp, 0.0)
+    adv = adv[:, None]
+    moved = logp.detach().exp() - old_logp.exp()                          # (B, T)  π - π_old
+    cut = (moved > clip_high) & (adv > 0) | (moved < -clip_low) & (adv < 0)
+    ratio = (logp - old_logp).clamp(max=20).exp()
+    loss = -torch.where(cut, 0.0, ratio * adv * mask).sum() / n
+    tokens = mask.sum().clamp(min=1)
+    stats |= {"clip_low": (cut * (adv < 0) * mask).sum() / tokens,
+              "clip_high": (cut * (adv > 0) * mask).sum() / tokens}
+    return loss, stats
+
+
 def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
     """IPO, Eq. 17: draws h to 1 / (2β), where DPO draws it to infinity. Log-probs are sums over
     tokens, as in DPO; label_smoothing is not used."""
@@ -104,6 +142,8 @@ def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
     return (h - 1 / (2 * beta)).square().sum() / n, stats
 
 
+# flags that a variant has by default
+FLAGS = {"dppo": ["--clip_low", "0.2", "--clip_high", "0.2"], "ipo": ["--sft_coef", "0"]}
 # name: script, and the functions that are replaced in it
 VARIANTS = {
     "reinforce": (grpo, {"group_advantage": no_baseline, "grpo_loss": policy_gradient_loss}),
@@ -112,6 +152,8 @@ VARIANTS = {
     "drgrpo": (grpo, {"group_advantage": centred_advantage, "grpo_loss": drgrpo_loss}),
     "gspo": (grpo, {"grpo_loss": gspo_loss}),
     "constant": (grpo, {"grpo_loss": drgrpo_loss}),
+    "cispo": (dapo, {"dapo_loss": cispo_loss}),
+    "dppo": (dapo, {"dapo_loss": dppo_loss}),
     "ipo": (dpo, {"dpo_loss": ipo_loss}),
 }
 
@@ -124,8 +166,8 @@ def run(name, flags):
     # config.json names the script by its docstring, so that --resume takes it for no other
     script.__doc__ = f"{name}: a variant of {script.__doc__.strip()}"
     defaults = ["--out", f"out/{name}"]
-    if name == "ipo" and "--resume" not in flags:
-        defaults += ["--sft_coef", "0"]
+    if "--resume" not in flags:
+        defaults += FLAGS.get(name, [])
     sys.argv[1:] = defaults + flags                           # of equal flags the last one counts
 
     def train(cfg):

@@ -100,6 +100,7 @@ def test_gspo_clips_a_response_as_a_whole_where_grpo_clips_tokens():
 
 def test_every_variant_has_the_arguments_of_what_it_replaces_and_can_still_call_it(monkeypatch):
     arguments = {"group_advantage": (REWARD, 4), "grpo_loss": (*batch(), 0.2, 0.1),
+                 "dapo_loss": (*(x for i, x in enumerate(batch()) if i != 2), 0.2, 0.3),
                  "dpo_loss": (*torch.randn(4, 7), 0.1)}
     for script, replaced in VARIANTS.values():
         for name, function in replaced.items():

@@ -1,0 +1,153 @@
+"""Every algorithm here is ∇ = E[ Σ_t GC_t ∇ log π(y_t) ] (2402.03300, §5.2): the table of
+coefficients in docs/algorithms.md, each row against autograd.
+python -m pytest tests/test_coefficients.py"""
+import math
+import os
+import re
+
+import pytest
+import torch
+from torch.autograd import grad
+
+import variants
+from conftest import ROOT
+from dapo import dapo_loss
+from dpo import dpo_loss
+from grpo import grpo_loss
+from ppo import ppo_loss
+from sft import sft_loss
+
+B, T = 6, 7
+LOW, HIGH, BETA, DELTA = 0.2, 0.28, 0.1, 0.05
+
+
+def ragged(seed=0):
+    """logp, old_logp, ref_logp, mask (B, T) and adv (B,): random, with some ratios beyond every
+    clip, and responses of 1 to 6 tokens behind prompts."""
+    torch.manual_seed(seed)
+    old = -torch.rand(B, T).double() * 3
+    logp = (old + 0.4 * torch.randn(B, T)).clamp(max=-0.01).requires_grad_()
+    ref = old + 0.3 * torch.randn(B, T)
+    mask = torch.zeros(B, T).double()
+    for i in range(B):
+        mask[i, 1:2 + i] = 1
+    return logp, old, ref, mask, torch.randn(B).double()
+
+
+def clipped(ratio, adv, low, high):
+    return adv > 0 and ratio > 1 + high or adv < 0 and ratio < 1 - low
+
+
+def slopes(loss, logp):
+    """d(-loss)/d logp, whose rows the table has."""
+    return -grad(loss, logp)[0]
+
+
+def expected(coefficient, mask):
+    out = torch.zeros(B, T).double()
+    for i in range(B):
+        for t in range(T):
+            if mask[i, t]:
+                out[i, t] = coefficient(i, t)
+    return out
+
+
+def rows(seed=0):
+    """name: the slope of the loss, and the coefficient of token t of response i by its formula."""
+    logp, old, ref, mask, adv = ragged(seed)
+    x, A = logp.detach(), adv.tolist()
+    length, tokens = mask.sum(1).tolist(), mask.sum().item()
+    ratio = (x - old).exp()
+    per_token_adv = torch.randn(B, T).double()
+
+    def surrogate(i, t, a, low, high):
+        return 0.0 if clipped(ratio[i, t], a, low, high) else a * ratio[i, t]
+
+    def of_sequence(i):                                        # GSPO's s_i
+        return math.exp(((x - old) * mask)[i].sum() / length[i])
+
+    def probability_moved(i, t):
+        moved = x[i, t].exp() - old[i, t].exp()
+        return A[i] > 0 and moved > DELTA or A[i] < 0 and moved < -DELTA
+
+    longest = variants.LONGEST
+    return {
+        "SFT": (sft_loss(logp, mask)[0], lambda i, t: 1 / tokens),
+        "PPO": (ppo_loss(logp, old, per_token_adv, mask, LOW)[0],
+                lambda i, t: surrogate(i, t, per_token_adv[i, t], LOW, LOW) / tokens),
+        "GRPO": (grpo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+                 lambda i, t: (surrogate(i, t, A[i], LOW, LOW)
+                               + BETA * ((ref - x)[i, t].exp() - 1)) / length[i] / B),
+        "Dr. GRPO": (variants.drgrpo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+                     lambda i, t: surrogate(i, t, A[i], LOW, LOW) / longest / B),
+        "GSPO": (variants.gspo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+                 lambda i, t: 0.0 if clipped(of_sequence(i), A[i], LOW, LOW)
+                 else A[i] * of_sequence(i) / length[i] / B),
+        "REINFORCE, RLOO": (variants.policy_gradient_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+                            lambda i, t: A[i] / B),
+        "DAPO": (dapo_loss(logp, old, adv, mask, LOW, HIGH)[0],
+                 lambda i, t: surrogate(i, t, A[i], LOW, HIGH) / tokens),
+        "CISPO": (variants.cispo_loss(logp, old, adv, mask, LOW, HIGH)[0],
+                  lambda i, t: A[i] * min(ratio[i, t], 1 + HIGH) / tokens),
+        "DPPO": (variants.dppo_loss(logp, old, adv, mask, DELTA, DELTA)[0],
+                 lambda i, t: 0.0 if probability_moved(i, t) else A[i] * ratio[i, t] / tokens),
+    }, logp, mask
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table(seed):
+    table, logp, mask = rows(seed)
+    for name, (loss, coefficient) in table.items():
+        found = slopes(loss, logp)
+        torch.testing.assert_close(found, expected(coefficient, mask), rtol=0, atol=1e-12, msg=name)
+
+
+def test_the_random_batches_reach_every_case_of_the_clips():
+    cut = {"ratio": 0, "probability": 0, "weight": 0}
+    for seed in range(3):
+        logp, old, _, mask, adv = ragged(seed)
+        ratio, moved = (logp - old).exp(), logp.exp() - old.exp()
+        up = (adv[:, None] > 0) & (mask > 0)
+        cut["ratio"] += (up & (ratio > 1 + HIGH)).sum()
+        cut["probability"] += (up & (moved > DELTA)).sum()
+        cut["weight"] += ((mask > 0) & (ratio > 1 + HIGH)).sum()
+    assert min(cut.values()) > 2
+
+
+@pytest.mark.parametrize("name, loss_function, slope", [
+    ("DPO", dpo_loss, lambda h: BETA / (1 + math.exp(BETA * h))),
+    ("IPO", variants.ipo_loss, lambda h: 2 * (1 / (2 * BETA) - h))])
+def test_a_pair_pulls_its_two_responses_apart_by_one_coefficient(name, loss_function, slope):
+    """Of all tokens of the chosen response, and of the rejected one with the other sign."""
+    logp, _, ref, mask, _ = ragged()
+    total, ref_total = (logp * mask).sum(1), (ref * mask).sum(1)
+    h = (total[0::2] - ref_total[0::2]) - (total[1::2] - ref_total[1::2])
+    loss, _ = loss_function(total[0::2], total[1::2], ref_total[0::2], ref_total[1::2], BETA)
+    found = slopes(loss, logp)
+    sign = (1, -1)
+    wanted = expected(lambda i, t: sign[i % 2] * slope(h[i // 2].item()) / (B // 2), mask)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_at_one_update_a_rollout_grpo_cispo_dapo_and_reinforce_have_one_gradient():
+    """For responses of one length, without a KL penalty: the ratio is 1."""
+    logp, _, ref, mask, adv = ragged()
+    mask = torch.zeros(B, T).double()
+    mask[:, 2:5] = 1
+    old = logp.detach()
+    losses = [dapo_loss(logp, old, adv, mask, LOW, HIGH)[0],
+              variants.cispo_loss(logp, old, adv, mask, LOW, HIGH)[0],
+              variants.dppo_loss(logp, old, adv, mask, DELTA, DELTA)[0],
+              grpo_loss(logp, old, ref, adv, mask, LOW, 0.0)[0],
+              variants.gspo_loss(logp, old, ref, adv, mask, LOW, 0.0)[0],
+              variants.policy_gradient_loss(logp, old, ref, adv, mask, LOW, 0.0)[0] / 3]
+    first, *others = [slopes(loss, logp) for loss in losses]
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=1e-14)
+
+
+def test_every_row_of_the_table_in_the_documentation_is_tested():
+    with open(os.path.join(ROOT, "docs/algorithms.md"), encoding="utf-8") as f:
+        section = f.read().split("## One gradient, many coefficients")[1].split("\n## ")[0]
+    named = re.findall(r"^\| ([A-Z][^|]*?) \|", section, re.M)
+    assert sorted(named) == sorted([*rows()[0], "DPO", "IPO"])

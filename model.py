@@ -122,8 +122,9 @@ class KVCache:
 
     BLOCK = {"cpu": 32, "cuda": 256, "mps": 128}                            # columns
 
-    def __init__(self, n_layer):
-        self.layers = [None] * n_layer
+    def __init__(self, cfg):
+        self.layers = [None] * cfg.n_layer
+        self.has_key_bias = cfg.bias or cfg.qkv_bias
         self.used = 0                                                       # columns with a token
         self.column = None                                                  # the next one, a tensor
         self.bias = None                                                    # (B, 1, 1, columns)
@@ -136,7 +137,7 @@ class KVCache:
         keys, values = self.layers[layer]
         keys.index_copy_(2, self.column, k)
         values.index_copy_(2, self.column, v)
-        return decode_attention(q, keys, values, self.bias)
+        return decode_attention(q, keys, values, self.bias, self.has_key_bias)
 
     def expand_prompts(self, length, group_size):
         """After the prefill: repeat each row group_size times and hide the pads. length (B,)."""
@@ -181,16 +182,21 @@ def causal_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
 
 
-def decode_attention(q, k, v, bias):
+def decode_attention(q, k, v, bias, has_key_bias=False):
     """One token over the cache: q (B, H, 1, D), k and v (B, K, columns, D) -> (B, H, 1, D)."""
     # the H/K query heads that share a key head become the rows of one product
     grouped = q.view(len(q), k.size(1), -1, q.size(3))                      # (B, K, H/K, D)
-    if q.dtype == torch.bfloat16 and (q.device.type == "cpu" or q.size(1) == k.size(1)):
-        # torch's fused kernels read the cache at a fraction of this speed
-        scores = (grouped * q.size(3) ** -0.5) @ k.transpose(2, 3) + bias   # (B, K, H/K, columns)
-        y = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-    else:
+    scores = None                                                           # (B, K, H/K, columns)
+    if q.dtype == torch.bfloat16 and q.is_cuda and q.size(1) == k.size(1):
+        scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
+        scores = scores.view(*grouped.shape[:3], -1)
+    elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and not has_key_bias:
+        scores = grouped @ k.mT           # rounded to bf16, and biases of the keys make them large
+    if scores is None:
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias)
+    else:                                 # torch's fused kernels are several times slower here
+        scores = scores.float() * q.size(3) ** -0.5 + bias
+        y = scores.softmax(-1).to(v.dtype) @ v
     return y.reshape(q.shape)
 
 
@@ -211,7 +217,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, H + 2 * K, self.head_dim)
         qk, v = qkv.split((H + K, K), dim=2)                                # (B, T, heads, D)
         if self.q_norm is not None:
-            qk = qk.to(self.q_norm.weight.dtype)               # bf16 under autocast
+            qk = qk.to(self.q_norm.weight.dtype)               # from bf16, under autocast
             qk = torch.cat([self.q_norm(qk[:, :, :H]), self.k_norm(qk[:, :, H:])], dim=2)
         if rope:
             qk = rotate(qk, *rope)                             # queries and keys in one operation
@@ -286,7 +292,7 @@ class LinearLogp(torch.autograd.Function):
             rows = slice(i, min(i + LinearLogp.ROWS, N))
             width = max(1, LinearLogp.TILE[hidden.device.type] // (rows.stop - i))
             if width > 128:
-                width -= width % 128           # cuBLAS is slow where a matrix has an odd width
+                width -= width % 128           # cuBLAS is slow at other widths
             for v in range(0, V, width):
                 yield rows, slice(v, v + width)
 
@@ -488,7 +494,7 @@ class GPT(nn.Module):
         # Autocast casts each weight once per `with` statement, but at every token in inference
         # mode; without autocast inference mode is faster.
         with autocast(self) if uses_bf16(self) else torch.inference_mode():
-            cache = KVCache(self.cfg.n_layer)
+            cache = KVCache(self.cfg)
             prompt_tokens, hidden = prefill(self, prompts, length, cache, pad)  # (B, P), (B, C)
             cache.expand_prompts(length, group_size)
             length = length.repeat_interleave(group_size).to(device)        # (N,), N = B G
@@ -516,7 +522,8 @@ class GPT(nn.Module):
 
 # decode_loop checks for finished rows every CHECK_EVERY tokens, because a check waits for the GPU.
 # It drops them once the share of unfinished rows is below DROP_BELOW, if there are more than
-# KEEP_ROWS: after a drop CUDA must capture a new graph, and a step with few rows reads the weights.
+# KEEP_ROWS rows: after a drop CUDA must capture a new graph, and a step with few rows takes as long
+# as reading the weights, however many rows it has.
 CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
 DROP_BELOW = {"cpu": 0.9, "cuda": 0.5, "mps": 0.9}
 KEEP_ROWS = {"cpu": 0, "cuda": 64, "mps": 0}
@@ -610,9 +617,9 @@ def decode_loop(model, head, cache, logits, length, max_new_tokens, temperature,
 def sample(p, u):
     """One draw from each row of p (n, V) -> (n,): the cumulative distribution inverted at u (n,),
     first over blocks of 128 tokens, then within one. Sums are float64, where the device has it: in
-    float32, at V = 151,936, rounding loses 5e-4 of the mass. What is looked up stays below the
-    total, or rounding could pick a token of probability 0. A row with NaN yields an arbitrary id;
-    early stopping catches it."""
+    float32, at V = 151,936, rounding loses 5e-4 of the mass. The value that is looked up stays
+    below the total, or rounding could pick a token of probability 0. A row with NaN yields an
+    arbitrary id; early stopping catches it."""
     V = p.size(1)
     below_1 = 1 - torch.finfo(u.dtype).eps
     if V % 128:

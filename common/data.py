@@ -66,11 +66,11 @@ def tokenize_rows(rows, tokenizer, encode, need=True):
             kept.append(encode(row))
         except InputError as e:
             refused.append(f"{where}: {e}")
-        texts = [row[name] for name in ("prompt", "response", "chosen", "rejected") if name in row]
-        texts += row.get("responses", [])
-        for name in tokenizer.special:
-            if any(name in text for text in texts):
-                marked.append(f"{name} in {where}")
+        texts = [row.get(name) for name in ("prompt", "response", "chosen", "rejected")]
+        text = "".join(x for x in texts if isinstance(x, str))
+        names = [name for name in tokenizer.special if name in text]
+        if names:
+            marked.append(f"{names[0]} in {where}")
     if refused and need and not kept:
         raise InputError(refused[0])
     if refused:
@@ -205,7 +205,8 @@ def report_rewritten_turns(rows):
     chats = [row for row in rows if "messages" in row]
     last_only = 0
     for row in chats:
-        turns = sum(message["role"] == "assistant" for message in row["messages"])
+        turns = sum(message["role"] == "assistant" and message.get("weight", 1) != 0
+                    for message in row["messages"])
         last_only += row["turns"] < turns
     if last_only:
         print(f"the chat template rewrites earlier turns: {last_only} of {len(chats)} "

@@ -214,15 +214,17 @@ def hf_views(model, family):
 def refuse_other_weights(path):
     """An error that says what to do, where a folder or file holds no weights that are read here."""
     names = os.listdir(path) if os.path.isdir(path) else [os.path.basename(path)]
-    if "adapter_config.json" in names:
+    names = sorted(name.lower() for name in names)
+    if {"adapter_config.json", "adapter_model.safetensors"} & set(names):
         raise InputError(f"{path}: a LoRA adapter; merge it first, by PEFT's merge_and_unload() "
                          "and save_pretrained()")
     if any(name.endswith(".safetensors") for name in names):
         return
+    if any(name.endswith(".gguf") for name in names):
+        raise InputError(f"{path}: GGUF is not read; take the model's *.safetensors")
     for name in names:
-        if name.endswith(".gguf"):
-            raise InputError(f"{path}: GGUF is not read; take the model's *.safetensors")
-        if name.endswith((".bin", ".pth")):
+        is_weights = name.startswith(("pytorch_model", "consolidated"))
+        if is_weights and name.endswith((".bin", ".pth", ".pt")):
             raise InputError(f"{path}: {name} is a pickle, which may run code; let transformers "
                              "write it again, from_pretrained() and save_pretrained()")
 

@@ -33,24 +33,28 @@ def setup(cfg):
 
 
 def cuda_works():
-    """Whether there is a GPU that this torch can use. A driver that is too old is said in a line,
-    since the run goes on without the GPU; a GPU that torch has no kernels for ends the run."""
+    """Whether torch can use a GPU. If the driver is too old, print a warning and use the CPU; if
+    the GPU cannot run a kernel, raise InputError."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    if caught and not available:
-        print(f"warning: no GPU is used: {first_line(caught[0].message)}")
+    for warning in caught:
+        if "CUDA" in str(warning.message) and not available:
+            print(f"warning: no GPU is used: {first_line(warning.message)}")
     if available:
         try:
             torch.ones(1, device="cuda").add_(1)
         except RuntimeError as e:
-            raise InputError(f"the GPU does not run: {first_line(e)}; install a torch build for "
-                             "it, or set CUDA_VISIBLE_DEVICES= to use the CPU") from None
+            advice = "free it"
+            if "no kernel image" in str(e):
+                advice = "install a torch build for it"
+            raise InputError(f"the GPU cannot be used: {first_line(e)}; {advice}, or set "
+                             "CUDA_VISIBLE_DEVICES= to use the CPU") from None
     return available
 
 
 def first_line(error):
-    return str(error).strip().splitlines()[0]
+    return str(error).strip().partition("\n")[0]
 
 
 def ensure_checkpoint(folder, script, default, seed, *flags):

@@ -1,7 +1,6 @@
 """
 Preferences: pairs of a better and a worse response, and rankings of several.
 """
-import math
 import os
 import re
 from collections import Counter
@@ -27,7 +26,7 @@ def read_preferences(path):
     for row in rows:
         require_text(row, "prompt", "chosen", "rejected")
         margin = row.get("margin", 0)
-        if type(margin) not in (int, float) or not math.isfinite(margin):
+        if type(margin) not in (int, float) or not abs(margin) < 1e9:      # nan, infinity
             raise InputError(f'{row["_line"]}: field "margin" must be a number')
 
     def same_prompt(row):
@@ -78,7 +77,10 @@ def split_dialogue(row):
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not isinstance(chosen, str) or not isinstance(rejected, str) or "messages" in row:
         return row
-    if not row.get("prompt", last).endswith(last):
+    given = row.get("prompt", last)
+    if not isinstance(given, str) or not given.endswith(last):
+        return row
+    if "prompt" in row and not (chosen.startswith(given) and rejected.startswith(given)):
         return row
     if last not in chosen or last not in rejected:
         return row if "prompt" in row else split_beginning(row)

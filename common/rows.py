@@ -1,5 +1,5 @@
 """
-Files as people have them -> rows of three kinds.
+Rows in the formats of other projects -> three kinds of rows.
 
     prompt          "prompt", or the "messages" before the response; perhaps "answer", what is right
     demonstration   "prompt" and "response", or "messages" that end with the assistant
@@ -19,10 +19,10 @@ from common.tokenizer import InputError, before_response
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
          "bing": "assistant", "model": "assistant", "developer": "system"}
-# a row, or a turn, says something else without these, and nothing here reads them
-MEANING = ["context", "choices", "options", "tools", "functions", "tool_calls", "images", "image",
-           "videos", "video", "audios", "audio", "reasoning_content", "thinking", "instruction",
-           "input", "history", "system"]
+# fields that change the meaning of a row or a turn, and that nothing here reads
+MEANING = ["context", "passage", "document", "documents", "choices", "options", "tools",
+           "functions", "tool_calls", "images", "image", "videos", "video", "audios", "audio",
+           "reasoning_content", "thinking", "instruction", "input", "history", "system"]
 TURN_MEANING = ["name", "tools", "tool_calls", "tool_call_id", "function_call", "refusal",
                 "thought", "thinking", "reasoning_content", "images", "audio"]
 # set by us later; a user's field of that name would collide
@@ -80,6 +80,8 @@ def read_objects(path):
             raise InputError(f"{path}:1: not UTF-16 ({e})") from None
     data = data.removeprefix(b"\xef\xbb\xbf")
     array = parse(data) if data.lstrip()[:1] == b"[" else None
+    if isinstance(array, Exception) and name.endswith((".json", ".json.gz")):
+        raise InputError(f"{path}:1: not a JSON array ({array})")
     if isinstance(array, list) and any(isinstance(x, dict) for x in array):
         found = [(f"{path}: row {i}", x) for i, x in enumerate(array, 1)]
     else:
@@ -151,47 +153,56 @@ def normalise(raw, location, needed):
     if roles:
         row.setdefault("_dropped", f"a turn has the role {min(roles)!r}")
     check_weight(row)
-    if "response" in needed and "label" in row and "completion" in raw:
-        if row["label"] not in (True, False):
-            raise InputError(f'{location}: field "label" must be true or false')
-        if not row["label"]:
-            row.setdefault("_dropped", '"label" is false')
+    if "response" in needed and row.get("label") in (False, 0, "false", "False"):
+        row.setdefault("_dropped", '"label" is false')
     if isinstance(row.get("answer"), (int, float)) and not isinstance(row["answer"], bool):
         row["answer"] = format(Decimal(repr(row["answer"])), "f")           # 1e-05 -> 0.00001
     return row
 
 
+def rename(row, old, new):
+    """row[old] becomes row[new]; where both stand, they must agree."""
+    if old in row:
+        x = row.pop(old)
+        if row.setdefault(new, x) != x:
+            raise InputError(f'{row["_line"]}: fields "{old}" and "{new}" differ; remove one')
+
+
 def name_fields(row):
     """The names of other projects -> ours."""
-    if "conversations" in row:                         # ShareGPT
-        row.setdefault("messages", row.pop("conversations"))
-    if "system_prompt" in row:
-        row.setdefault("system", row.pop("system_prompt"))
+    rename(row, "conversations", "messages")           # ShareGPT
+    rename(row, "system_prompt", "system")
     if "preferred_output" in row:                      # OpenAI's preferences
-        given = row.pop("input", None)
-        given = dict(given) if isinstance(given, dict) else {}
+        given = row.pop("input", {})
+        given = dict(given) if isinstance(given, dict) else {"messages": given}
         row |= {"prompt": given.pop("messages", None), "chosen": row.pop("preferred_output"),
                 "rejected": row.pop("non_preferred_output", None)}
         row |= {name: x for name, x in given.items() if name in MEANING}
-    if "prompt" not in row and isinstance(row.get("instruction"), str):     # Alpaca, Dolly
+    has_prompt = "prompt" in row or "messages" in row
+    if not has_prompt and isinstance(row.get("instruction"), str):          # Alpaca, Dolly
         parts = [row.pop("instruction"), row.pop("input", ""), row.pop("context", "")]
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(f'{row["_line"]}: fields "input" and "context" must be text')
         row["prompt"] = "\n".join(part for part in parts if part) + "\n"
-        row.setdefault("response", row.pop("output", None))
-    if not row.keys() & {"prompt", "messages"} and isinstance(row.get("input"), str):
+        rename(row, "output", "response")
+    elif not has_prompt and isinstance(row.get("input"), str):
         row["prompt"] = row.pop("input") + "\n"
-        row.setdefault("response", row.pop("output", None))
+        rename(row, "output", "response")
     for name in ("question", "problem"):               # GSM8K, MATH
-        if "prompt" not in row and isinstance(row.get(name), str):
-            row["prompt"] = row[name] + "\n"
-            row.setdefault("answer", row.get("solution"))
-            row.setdefault("response", row.get("solution", row["answer"]))
+        if not isinstance(row.get(name), str):
+            continue
+        if row.setdefault("prompt", row[name] + "\n").strip() != row[name].strip():
+            raise InputError(f'{row["_line"]}: field "{name}" stands beside another prompt')
+        if "messages" in row:
+            raise InputError(f'{row["_line"]}: field "{name}" stands beside "messages"')
+        row.setdefault("answer", row.get("solution"))
+        row.setdefault("response", row.get("solution", row["answer"]))
     if isinstance(row.get("reward_model"), dict):      # verl
         row.setdefault("answer", row["reward_model"].get("ground_truth"))
     for name in ("ground_truth", "reference_answer"):
         if name in row:
             row.setdefault("answer", row[name])
-    if "completion" in row:                            # TRL
-        row.setdefault("response", row.pop("completion"))
+    rename(row, "completion", "response")              # TRL
 
 
 def turn(role, content):
@@ -224,6 +235,7 @@ def read_turns(turns, location, field):
     messages = []
     for given in turns if isinstance(turns, list) else []:
         given = given if isinstance(given, dict) else {}
+        given = {name: x for name, x in given.items() if x is not None}
         for name in TURN_MEANING:
             if given.get(name):
                 raise InputError(f'{location}: field "{name}" of "{field}" changes what the turn '
@@ -236,7 +248,7 @@ def read_turns(turns, location, field):
             messages = []
             break
         messages.append(turn(ROLES.get(role.lower(), role.lower()), content))
-        if given.get("weight") not in (None, 1):
+        if given.get("weight", 1) != 1:
             messages[-1]["weight"] = given["weight"]
     if not messages:
         raise InputError(f'{location}: field "{field}" must be a list of {{"role": text, '
@@ -259,13 +271,16 @@ def join_parts(parts, location, field):
 def add_context(row):
     """"system" and "history" ([[user, assistant], ...]) become turns before the prompt."""
     before = []
-    if isinstance(row.get("system"), str) and row["system"].strip():
-        before.append(turn("system", row.pop("system")))
+    system = row.get("system")
+    if isinstance(system, str):
+        row.pop("system")
+        before += [turn("system", system)] if system.strip() else []
     if "messages" not in row and isinstance(row.get("history"), list):
         for pair in row.pop("history"):
-            if not isinstance(pair, list) or not all(isinstance(x, str) for x in pair):
+            texts = pair if isinstance(pair, list) else []
+            if len(texts) != 2 or not all(isinstance(x, str) for x in texts):
                 raise InputError(f'{row["_line"]}: field "history" must be a list of [text, text]')
-            before += [turn(role, x) for role, x in zip(("user", "assistant"), pair)]
+            before += [turn("user", pair[0]), turn("assistant", pair[1]) | {"weight": 0}]
     if not before:
         return
     if "messages" not in row and isinstance(row.get("prompt"), str):
@@ -330,7 +345,7 @@ def split_conversations(row):
     said = [message["content"].strip() for message in prompts[0]]
     if isinstance(row.get("prompt"), str) and said and row["prompt"].strip() not in said:
         row.setdefault("_dropped", "the prompt is not among the turns before the response")
-    given = row.get("messages")
+    given = [turn(message["role"], message["content"]) for message in row.get("messages", [])]
     if given and prompts[0] and prompts[0] != given:
         raise InputError(f'{line}: field "chosen" must be one turn, or begin with the turns of the '
                          "prompt")

@@ -338,9 +338,9 @@ def main(train, Config):
     except InputError as e:
         sys.exit(f"{name}: {e}")
     except torch.OutOfMemoryError as e:                       # of the GPU
-        sys.exit(f"{name}: {str(e).split('. ')[0]}; less is held with --gradient_checkpointing "
-                 "true, --micro_batch_tokens below 16384, and fewer or shorter responses in a "
-                 f"rollout; {what_stands}")
+        sys.exit(f"{name}: {str(e).split('. ')[0]}; to use less memory: --gradient_checkpointing "
+                 "true, a smaller --micro_batch_tokens (16384 by default), or shorter responses; "
+                 f"{what_stands}")
     except OSError as e:                                      # a full disk, a folder that went away
         sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; {what_stands}")
     except KeyboardInterrupt as e:

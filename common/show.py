@@ -19,12 +19,16 @@ from common.verifier import gold_number
 
 def kind_of(path):
     """"preference", "demonstration" or "prompt", by the fields of the first row."""
-    location, row = next(read_objects(path))
+    location, row = next(read_objects(path), ("", None))
+    if row is None:
+        raise InputError(f"{path}: the file is empty")
     if {"chosen", "responses", "preferred_output"} & row.keys():
         return "preference"
-    is_talk = "messages" in row or "conversations" in row
+    has_answer = "answer" in normalise(row, location, ("prompt",))
     row = normalise(row, location, ("prompt", "response"))
-    return "demonstration" if is_talk or "response" in row else "prompt"
+    ends_with_user = row.get("messages", [{}])[-1].get("role") == "user"
+    is_prompt = "response" not in row or ends_with_user and has_answer
+    return "prompt" if is_prompt else "demonstration"
 
 
 def print_parts(tokenizer, tokens, mask):
@@ -38,6 +42,19 @@ def print_parts(tokenizer, tokens, mask):
             start = i
 
 
+def show_row(row, kind, tokenizer):
+    if kind == "preference":
+        for name in ("chosen", "rejected"):
+            print(f"  {name}")
+            print_parts(tokenizer, *encode_response(tokenizer, row, row[name]))
+    elif kind == "demonstration":
+        row = tokenize_demonstration(row, tokenizer)
+        print_parts(tokenizer, row["tokens"], row["mask"])
+    else:
+        ids = encode_prompt(tokenizer, row)
+        print_parts(tokenizer, ids, [0] * len(ids))
+
+
 def show(path, tokenizer, n, kind=None):
     kind = kind or kind_of(path)
     if kind == "preference":
@@ -49,18 +66,14 @@ def show(path, tokenizer, n, kind=None):
     print(f"{path}: {len(rows)} rows, each a {kind}")
     for row in rows[:n]:
         print(row["_line"])
-        if kind == "preference":
-            for name in ("chosen", "rejected"):
-                print(f"  {name}")
-                print_parts(tokenizer, *encode_response(tokenizer, row, row[name]))
-        elif kind == "demonstration":
-            row = tokenize_demonstration(row, tokenizer)
-            print_parts(tokenizer, row["tokens"], row["mask"])
-        else:
-            ids = encode_prompt(tokenizer, row)
-            print_parts(tokenizer, ids, [0] * len(ids))
+        try:
+            show_row(row, kind, tokenizer)
+        except InputError as e:                        # of the chat template
+            print(f"    dropped: {e}")
         if "answer" in row:
-            print(f"    right is {gold_number(row['answer'])}, from {str(row['answer'])[-60:]!r}")
+            gold = gold_number(row["answer"])
+            right = "none, and grpo.py drops this row" if gold is None else gold
+            print(f"    right is {right}, from {str(row['answer'])[-60:]!r}")
 
 
 def main():

@@ -1,5 +1,6 @@
 """
-What is owed to a GPU, in one command of at most seven minutes: a JSON line a section.
+Everything that needs a GPU to measure, in one command of about seven minutes: a JSON line a
+section.
 
     python experiments/bench.py gpu          on a GPU
     python experiments/bench_gpu.py --dry    tiny sizes on the CPU, to see that the command works
@@ -193,6 +194,7 @@ def tests(sizes):
 def correctness(sizes):
     """Graph against eager steps, sampler against scorer, bf16 against float32, in nats a token."""
     result = {}
+    captured, widths = M.capture_cuda_graph, M.BF16_MIN_WIDTH
     for name in sizes.shapes:
         model = random_model(sizes, name, std=0.05)
         prompts = random_prompts(model, sizes.rows[0] // 8, sizes.prompt)
@@ -202,15 +204,14 @@ def correctness(sizes):
         generate = functools.partial(model.generate, prompts, 8, new, stop_token_ids=stop,
                                      uniform=uniform)
         tokens, mask, logp = generate()
-        captured = M.capture_cuda_graph
-        M.capture_cuda_graph = lambda step, device: step
-        eager = generate()
-        M.capture_cuda_graph = captured
         scored = compute_logp(model, tokens, mask.cpu())
-        widths = M.BF16_MIN_WIDTH
-        M.BF16_MIN_WIDTH = {}
-        exact = compute_logp(model, tokens, mask.cpu())
-        M.BF16_MIN_WIDTH = widths
+        try:
+            M.capture_cuda_graph = lambda step, device: step
+            eager = generate()
+            M.BF16_MIN_WIDTH = {}
+            exact = compute_logp(model, tokens, mask.cpu())
+        finally:
+            M.capture_cuda_graph, M.BF16_MIN_WIDTH = captured, widths
         inside = mask > 0
         result[name] = {
             "graph_is_eager": torch.equal(tokens, eager[0]),
@@ -301,7 +302,7 @@ def requests(sizes):
     start = time.perf_counter()
     generate()
     seconds = time.perf_counter() - start
-    return {"tokens": counts[-1], "asked": int(lengths.sum()), "s": seconds,
+    return {"tokens": counts[-1], "expected_tokens": int(lengths.sum()), "s": seconds,
             "tok_s": counts[-1] / seconds, "peak_GiB": peak}
 
 
@@ -392,7 +393,7 @@ def pieces(sizes):
     device = sizes.device.type
     attention = M.decode_attention
 
-    def fused(q, k, v, bias):
+    def fused(q, k, v, bias, has_key_bias):
         grouped = q.view(len(q), k.size(1), -1, q.size(3))
         y = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=bias)
         return y.reshape(q.shape)

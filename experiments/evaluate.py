@@ -20,7 +20,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from common import InputError, load  # noqa: E402
-from common.data import read_rows, tokenize_demonstration  # noqa: E402
+from common.data import filter_rows, read_rows, tokenize_demonstration  # noqa: E402
 from common.evaluate import half_interval, repeated_uniform  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
 from common.train import eval_batch_size  # noqa: E402
@@ -75,7 +75,12 @@ def response_loss(policy, tokenizer, path, n=200):
 
 def main(cfg):
     policy, tokenizer = load(cfg.model, kind="GPT", system=cfg.system)
+    def gold_of(row):
+        return gold_number(row.get("answer", row.get("response")))
+
     rows = read_rows(cfg.data, "prompt")
+    reason = "the answer is not wholly one number"
+    rows = filter_rows(rows, lambda row: gold_of(row) is not None, reason)
     if cfg.prompts:
         rows = rows[:cfg.prompts]
     if cfg.shots:
@@ -84,8 +89,7 @@ def main(cfg):
     gold = []
     for row in rows:
         row["ids"] = encode_prompt(tokenizer, row)
-        answer = row["answer"] if "answer" in row else row["response"]
-        gold.append(gold_number(answer))
+        gold.append(gold_of(row))
     keys = [row.get("split_by", row["_line"]) for row in rows]
     number = {key: i for i, key in enumerate(keys)}
     group = torch.tensor([number[key] for key in keys])         # rows that are not independent

@@ -150,9 +150,9 @@ class PretendedCuda(TorchFunctionMode):
             self.check(name, args, tensors, on_gpu)
             if is_cuda(kwargs.get("device")):
                 kwargs["device"] = "cpu"
-        if name == "mm" and kwargs.get("out_dtype") == torch.float32:      # not there on a CPU
+        if kwargs.get("out_dtype") == torch.float32:           # mm and bmm: not there on a CPU
             def function(a, b, out_dtype):
-                return torch.mm(a.float(), b.float())
+                return torch.matmul(a.float(), b.float())
         out = function(*args, **kwargs)
         if on_gpu:
             self.put(out)

@@ -14,7 +14,7 @@ def test_a_section_gives_figures(section):
     figures = bench_gpu.rounded(section(DrySizes))
     assert figures and json.dumps(figures)
     if section is bench_gpu.requests:                  # every request ends where it was asked to
-        assert figures["tokens"] == figures["asked"]
+        assert figures["tokens"] == figures["expected_tokens"]
     if section is bench_gpu.correctness:
         assert all(x["graph_is_eager"] and x["sampler_scorer"] < 1e-5 for x in figures.values())
 
@@ -33,7 +33,7 @@ def test_the_requests_are_those_of_nano_vllm(monkeypatch):
         return None, (ends[:, 1:] >= 0), None
 
     monkeypatch.setattr(bench_gpu.GPT, "generate", generate)
-    assert bench_gpu.requests(Sizes)["asked"] == 133_966
+    assert bench_gpu.requests(Sizes)["expected_tokens"] == 133_966
     assert asked["lengths"].sum() == 133_966
 
 

@@ -831,7 +831,7 @@ def test_a_gpu_that_cannot_be_used_is_told_at_the_start(adder, run, monkeypatch,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", no_kernel)
     line = run("grpo.py", *quick("grpo.py", adder), "--out", "out")
-    assert "no kernel image" in line and "CUDA_VISIBLE_DEVICES=" in line
+    assert "no kernel image" in line and "CUDA_VISIBLE_DEVICES=" in line and "install" in line
     assert not os.path.exists("out")
 
 

@@ -545,6 +545,13 @@ def test_attention_over_the_cache_is_the_textbook_s_in_both_precisions(family):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
         found = M.decode_attention(*(x.to(dtype) for x in (q, k, v, bias)))
         assert found.dtype == dtype
+        # keys with a large bias: scores of a hundred, which bf16 would round by a half
+        far, near = q + 8, k + 8
+        fused = torch.nn.functional.scaled_dot_product_attention(
+            far.to(dtype), near.to(dtype).repeat_interleave(H // K, 1),
+            v.to(dtype).repeat_interleave(H // K, 1), attn_mask=bias.to(dtype))
+        shifted = M.decode_attention(*(x.to(dtype) for x in (far, near, v, bias)), True)
+        torch.testing.assert_close(shifted, fused, rtol=0, atol=max(tolerance, 1e-4))
         for b in range(3):
             for h in range(H):
                 scores = k[b, h * K // H] @ q[b, h, 0] / 4 + bias[b, 0, 0]
@@ -556,7 +563,7 @@ def test_attention_over_the_cache_is_the_textbook_s_in_both_precisions(family):
 def test_the_cache_holds_keys_and_values_alone(family):
     """Views of all queries, keys and values would hold 9 times as much for Qwen 2.5."""
     model = tiny(family)
-    cache = M.KVCache(2)
+    cache = M.KVCache(model.cfg)
     model(torch.zeros(2, 7, dtype=torch.long), cache=cache)
     for pair in cache.layers:
         for x in pair:

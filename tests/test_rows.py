@@ -73,7 +73,10 @@ DEMONSTRATIONS = [
     ({"messages": [{"role": "developer", "content": "Be brief."}, {"role": "User", "content": "Hi"},
                    a("Hello!") | {"weight": None}]}, [s("Be brief."), u("Hi"), a("Hello!")]),
     ({"instruction": "Bye", "output": "Goodbye.", "system": "Be brief.",
-      "history": [["Hi", "Hello!"]]}, WITH_SYSTEM),
+      "history": [["Hi", "Hello!"]]},
+     [s("Be brief."), u("Hi"), a("Hello!") | {"weight": 0}, u("Bye"), a("Goodbye.")]),
+    ({"messages": [{"role": None, "from": "human", "value": "Hi", "content": None}, a("Hello!")],
+      "system": " "}, [u("Hi"), a("Hello!")]),
     ({"conversations": SHAREGPT}, TALK),                                                 # ShareGPT
     ({"conversations": SHAREGPT, "system": "Be brief."}, WITH_SYSTEM),
     ({"conversations": TALK}, TALK),                                                     # minimind
@@ -149,6 +152,12 @@ PAIRS = [
     ({"prompt": [u("Hi")], "chosen": "Yes", "rejected": "No"}, [u("Hi")], "Yes", "No"),
     ({"input": {"messages": [s("Brief."), u("Hi")], "tools": []}, "preferred_output": [a("Yes")],
       "non_preferred_output": [a("No")]}, [s("Brief."), u("Hi")], "Yes", "No"),          # OpenAI
+    ({"input": "Hi", "preferred_output": "Yes", "non_preferred_output": "No"}, "Hi", "Yes", "No"),
+    ({"prompt": [u("Hi"), a("Hm"), u("So?")], "chosen": [u("Hi"), a("Hm"), u("So?"), a("Yes")],
+      "rejected": [u("Hi"), a("Hm"), u("So?"), a("No")]}, [u("Hi"), a("Hm"), u("So?")], "Yes", "No"),
+    ({"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " a\n\nHuman: x\n\nAssistant: b",
+      "rejected": " a\n\nHuman: x\n\nAssistant: c"}, "\n\nHuman: hi\n\nAssistant:",
+     " a\n\nHuman: x\n\nAssistant: b", " a\n\nHuman: x\n\nAssistant: c"),
     ({"conversations": [{"from": "human", "value": "Hi"}],
       "chosen": {"from": "gpt", "value": "Yes"}, "rejected": {"from": "gpt", "value": "No"}},
      [u("Hi")], "Yes", "No"),                                             # LLaMA-Factory
@@ -198,7 +207,14 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, a("x")]}, "image_url"),
     ({"conversations": "Hi"}, '"messages"'),
     ({"messages": [s("x") | {"tools": "[{}]"}, u("Hi"), a("x")]}, '"tools"'),
-    ({"prompt": "Hi", "completion": "x", "label": "no"}, '"label"'),
+    ({"instruction": "Hi", "messages": TALK}, '"instruction"'),
+    ({"question": "Hi", "messages": TALK}, '"question"'),
+    ({"conversations": TALK, "messages": [u("a"), a("b")]}, '"conversations"'),
+    ({"completion": "x", "response": "y", "prompt": "Hi"}, '"completion"'),
+    ({"question": "Hi", "prompt": "Bye", "response": "x"}, '"question"'),
+    ({"question": "Hi", "answer": "x", "passage": "c"}, '"passage"'),
+    ({"instruction": "Hi", "input": 5, "output": "x"}, '"input"'),
+    ({"prompt": "Hi", "response": "x", "history": [["a", "b", "c"]]}, '"history"'),
     ({"text": "Hi"}, '"prompt"'),
 ]
 
@@ -208,7 +224,7 @@ def test_a_field_that_changes_what_a_row_says_is_refused_by_name(row, name, writ
     with pytest.raises(InputError, match="rows.jsonl:2") as error:
         read_rows(write([{"prompt": "a", "response": "b"}, row]), "prompt", "response")
     assert name in str(error.value)
-    empty = {key: None for key in row if key in name}          # null is absent
+    empty = {key: None for key in row if f'"{key}"' == name}   # null is absent
     read_rows(write({"prompt": "a", "response": "b"} | empty), "prompt", "response")
 
 
@@ -220,6 +236,7 @@ def test_a_field_that_changes_what_a_row_says_is_refused_by_name(row, name, writ
     ({"prompt": "Hi", "response": "x", "weight": 0}, '"weight" is 0'),
     ({"prompt": "Hi", "completion": "x", "label": False}, '"label" is false'),
     ({"prompt": "Hi", "completion": "x", "label": 0}, '"label" is false'),
+    ({"messages": TALK, "label": False}, '"label" is false'),
     ({"conversations": []}, '"messages" is empty'),
     ({"messages": [u("Hi"), {"role": "tool", "content": "1"}, a("x")]}, "role 'tool'"),
     ({"prompt": [u("Hi"), a("{")], "completion": [a("x")]}, "ends with a turn of the assistant"),
@@ -345,6 +362,10 @@ def test_show_prints_what_is_fed_and_what_is_trained(write, capsys):
     assert "a preference" in out and out.count("fed ") == 2 and "'4<|endoftext|>'" in out
     show(write({"prompt": "1+2?", "answer": "3"}), tokenizer, 3)
     assert "right is 3" in capsys.readouterr().out
+    show(write({"messages": [u("1+2?")], "ground_truth": "2 or 3"}), tokenizer, 3)
+    assert "a prompt" in capsys.readouterr().out
+    with pytest.raises(InputError, match="empty"):
+        show(write(""), tokenizer, 3)
 
 
 def test_show_is_a_command(write):

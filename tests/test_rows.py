@@ -154,7 +154,8 @@ PAIRS = [
       "non_preferred_output": [a("No")]}, [s("Brief."), u("Hi")], "Yes", "No"),          # OpenAI
     ({"input": "Hi", "preferred_output": "Yes", "non_preferred_output": "No"}, "Hi", "Yes", "No"),
     ({"prompt": [u("Hi"), a("Hm"), u("So?")], "chosen": [u("Hi"), a("Hm"), u("So?"), a("Yes")],
-      "rejected": [u("Hi"), a("Hm"), u("So?"), a("No")]}, [u("Hi"), a("Hm"), u("So?")], "Yes", "No"),
+      "rejected": [u("Hi"), a("Hm"), u("So?"), a("No")]}, [u("Hi"), a("Hm"), u("So?")], "Yes",
+     "No"),
     ({"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " a\n\nHuman: x\n\nAssistant: b",
       "rejected": " a\n\nHuman: x\n\nAssistant: c"}, "\n\nHuman: hi\n\nAssistant:",
      " a\n\nHuman: x\n\nAssistant: b", " a\n\nHuman: x\n\nAssistant: c"),

@@ -554,8 +554,8 @@ BUGS = [Bug(*entry) for entry in [
     ("first_mark", "common/verifier.py",
      "The first #### is read, where the response stands behind the last.",
      "openai/grade-school-math, nanochat gsm8k.py",
-     'text.rpartition("####")[2].split("\\n")[0]',
-     'text.partition("####")[2].split("\\n")[0]',
+     'text.rpartition("####")[2].strip().split("\\n")[0]',
+     'text.partition("####")[2].strip().split("\\n")[0]',
      "test_numbers.py::"
      "test_the_answer_is_after_the_last_marker_or_in_the_last_box_or_the_last_number"),
 

@@ -145,6 +145,27 @@ def whole_number(text, in_sentence=False):
     return None
 
 
+# what stands beside a last number that is not the answer
+NOT_BEFORE = [
+    r"[^\s=\"'(:]$|[^A-Za-z]:$",                               # v1.42, x_42, 12:42
+    r"[^\sA-Za-z=.,!?)\"'>:]\s*$|\s:\s*$",                     # 5 - 42, 3 / 42, 3 : 42
+    r"[<>!~]=\s*$|[<>]\s*$",                                   # x > 42, x != 42
+    r"[0-9][,'\"]\s*$|\(-?[0-9.]*,?\s*$",                      # 1, 42; (42
+    r"\\[a-zA-Z]+\s*$|\bout of\s*$",                           # \neq 42, 3 out of 42
+    r"[0-9]\W*(?:or|and)?\W*[A-Za-z] ?=\s*$",                  # x = 4 or x = 42
+    r"[0-9]\S*(?: [A-Za-z]+){0,3}(?:,| or| and)\s*$",          # 1, 2 and 42
+    r"[0-9]\S*(?: [A-Za-z]+)? (?:to|through)\s*$",             # 5 km to 42
+    rf"(?i)[0-9] ?(?:{'|'.join(sorted(UNITS))})\s*$",          # 4 hours 42
+    rf"(?i)\b(?:{'|'.join(sorted(BEFORE))}|\w+n't)\s*$",       # not 42, twice 42
+]
+NOT_AFTER = [
+    r"(?s).*[0-9]",
+    rf"[^\s.,;:!?)%\"'*\]{CURRENCY}A-Za-z]|[A-Za-z](?![A-Za-z])",            # 42^2, 42x
+    rf"(?i)(?!(?:{'|'.join(sorted(UNITS))}|st|nd|rd|th)\b)[a-z]",            # 42xy
+    r"\s+[B-Zb-z](?![A-Za-z'])",                               # 42 x
+]
+
+
 def last_number(text):
     """The last number of a text without a mark, unless it is a part of a formula, a list or a
     larger number, or is hedged: "1 or 2", "\\sqrt{2}", "3x", "5 million", "not 7" give None."""
@@ -157,37 +178,14 @@ def last_number(text):
     if found is None or is_cut and found.start() == 0:
         return None
     before, after = text[:found.start()], text[found.end():]
-    ends = rf"[\s.,;:!?)%\"'*\]{CURRENCY}]|[A-Za-z]{{2}}|$"
-    if re.search("[0-9]", after) or not re.match(ends, after):
+    if any(re.search(pattern, before) for pattern in NOT_BEFORE):
         return None
-    if not re.search(r"(?:^|[\s=\"'(]|[A-Za-z]:)$", before):
+    if any(re.match(pattern, after) for pattern in NOT_AFTER):
         return None
-    before = before.rstrip()
-    if before and not re.search(r"[A-Za-z=.,!?)\"'>]$|[^\s]:$", before):
-        return None                                    # 5 - 42, 3 / 4, x > 42, [1; 42
-    if re.search(r"[<>!~]=$|[<>]$|[0-9][,'\"]$|\(-?[0-9.]*,?$|\\[a-zA-Z]+$|\bout of$", before):
-        return None
-    if re.search(r"[0-9]\W*(?:or|and)?\W*[A-Za-z] ?=$", before):               # x = 4 or x = 5
-        return None
-    if found["sign"] and (found["space"] or re.search(r"\)$|\b[A-Za-z]$", before)):
-        return None
-    # 1, 2 and 3; 5 km to 42
-    if re.search(r"[0-9]\S*(?:(?: [A-Za-z]+){0,3}(?:,| or| and)|(?: [A-Za-z]+)? (?:to|through))$",
-                 before):
-        return None
-    mixed = re.search(r"[0-9] ?([A-Za-z]+)$", before)               # 4 hours 5 minutes
-    attached = re.match("[A-Za-z]+", after)                         # 5xy
-    if mixed and mixed[1].lower() in UNITS:
-        return None
-    if attached and attached[0].lower() not in UNITS | {"st", "nd", "rd", "th"}:
-        return None
-    word = words_of(before[-30:])[-1:]
-    if before[-1:].isalpha() and (not BEFORE.isdisjoint(word) or word and word[0].endswith("n't")):
-        return None
+    if found["sign"] and (found["space"] or re.search(r"\)\s*$|\b[A-Za-z]\s*$", before)):
+        return None                                    # x - 42
     words = words_of(after)
-    if words and (words[0] in OTHER or len(words[0]) == 1 and words[0] != "a"):
-        return None
-    return value_of(found)
+    return None if words and words[0] in OTHER else value_of(found)
 
 
 def boxes(text):

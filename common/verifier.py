@@ -159,7 +159,6 @@ NOT_BEFORE = [
     rf"(?i)\b(?:{'|'.join(sorted(BEFORE))}|\w+n't)\s*$",       # not 42, twice 42
 ]
 NOT_AFTER = [
-    r"(?s).*[0-9]",
     rf"[^\s.,;:!?)%\"'*\]{CURRENCY}A-Za-z]|[A-Za-z](?![A-Za-z])",            # 42^2, 42x
     rf"(?i)(?!(?:{'|'.join(sorted(UNITS))}|st|nd|rd|th)\b)[a-z]",            # 42xy
     r"\s+[B-Zb-z](?![A-Za-z'])",                               # 42 x

@@ -67,7 +67,7 @@ TABLE = [
     # without a mark: nothing of a list, a formula or a larger number
     ("1,2,3", None), ("on 1, 2 and 3", None), ("1 or 2", None), ("1,23", None), ("12:30", None),
     ("5-42", None), ("5 - 42", None), ("x - 42", None), ("9**9**9", None), ("3x", None),
-    ("3 x", None),
+    ("3 x", None), ("3 y", None),
     (r"it is 2\pi", None), (r"it is \sqrt{42}", None), ("x^42", None), ("x_42", None),
     ("(1, 42)", None),
     ("about 42 million", None), ("v1.42", None), ("between 5 and 42", None),

@@ -183,20 +183,24 @@ def causal_attention(q, k, v):
 
 
 def decode_attention(q, k, v, bias, has_key_bias=False):
-    """One token over the cache: q (B, H, 1, D), k and v (B, K, columns, D) -> (B, H, 1, D)."""
+    """One token over the cache: q (B, H, 1, D), k and v (B, K, columns, D) -> (B, H, 1, D).
+
+    In bf16 plain products are several times faster than torch's fused kernels. They are used on
+    CUDA where every query head has its own keys, with float32 scores, and on a CPU, which rounds
+    scores to bf16, where no bias of the keys makes scores large."""
     # the H/K query heads that share a key head become the rows of one product
     grouped = q.view(len(q), k.size(1), -1, q.size(3))                      # (B, K, H/K, D)
-    scores = None                                                           # (B, K, H/K, columns)
-    if q.dtype == torch.bfloat16 and q.is_cuda and q.size(1) == k.size(1):
+    is_bf16 = q.dtype == torch.bfloat16
+    if is_bf16 and q.is_cuda and q.size(1) == k.size(1):
         scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT, out_dtype=torch.float32)
-        scores = scores.view(*grouped.shape[:3], -1)
-    elif q.dtype == torch.bfloat16 and q.device.type == "cpu" and not has_key_bias:
-        scores = grouped @ k.mT           # rounded to bf16, and biases of the keys make them large
-    if scores is None:
+        scores = scores.view(*grouped.shape[:3], -1)                        # (B, K, H/K, columns)
+    elif is_bf16 and q.device.type == "cpu" and not has_key_bias:
+        scores = (grouped @ k.mT).float()
+    else:
         y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=bias)
-    else:                                 # torch's fused kernels are several times slower here
-        scores = scores.float() * q.size(3) ** -0.5 + bias
-        y = scores.softmax(-1).to(v.dtype) @ v
+        return y.reshape(q.shape)
+    scores = scores * q.size(3) ** -0.5 + bias
+    y = scores.softmax(-1).to(v.dtype) @ v
     return y.reshape(q.shape)
 
 
@@ -498,11 +502,11 @@ class GPT(nn.Module):
             prompt_tokens, hidden = prefill(self, prompts, length, cache, pad)  # (B, P), (B, C)
             cache.expand_prompts(length, group_size)
             length = length.repeat_interleave(group_size).to(device)        # (N,), N = B G
-            head = sampling_head(self)                                      # (V', C)
-            logits = next_token_logits(self, head, hidden, temperature or 1.0)  # (B, V')
+            unembedding = sampling_unembedding(self)                        # (V', C)
+            logits = next_token_logits(self, unembedding, hidden, temperature or 1.0)  # (B, V')
             response, logp, count = decode_loop(
-                self, head, cache, logits.repeat_interleave(group_size, 0), length, max_new_tokens,
-                temperature, stop, pad, uniform)
+                self, unembedding, cache, logits.repeat_interleave(group_size, 0), length,
+                max_new_tokens, temperature, stop, pad, uniform)
 
         # prompt and response side by side, right-padded
         total = length + count                                              # (N,)
@@ -521,9 +525,9 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------------------- sampling
 
 # decode_loop checks for finished rows every CHECK_EVERY tokens, because a check waits for the GPU.
-# It drops them once the share of unfinished rows is below DROP_BELOW, if there are more than
-# KEEP_ROWS rows: after a drop CUDA must capture a new graph, and a step with few rows takes as long
-# as reading the weights, however many rows it has.
+# It drops them once the share of unfinished rows is below DROP_BELOW, because after a drop CUDA
+# must capture a new graph. A batch of at most KEEP_ROWS rows stays whole: reading the weights takes
+# most of the time of its steps, so that fewer rows save nothing.
 CHECK_EVERY = {"cpu": 1, "cuda": 8, "mps": 8}
 DROP_BELOW = {"cpu": 0.9, "cuda": 0.5, "mps": 0.9}
 KEEP_ROWS = {"cpu": 0, "cuda": 64, "mps": 0}
@@ -541,35 +545,36 @@ def prefill(model, prompts, length, cache, pad):
     return tokens, hidden[last.to(model.device)]
 
 
-def sampling_head(model):
-    """The output matrix in the precision of its products, (V', C). On CUDA zeros follow its V rows
-    up to a multiple of 64: cuBLAS takes 0.44 ms for 512 x 768 by 50,257, and 0.08 ms by 50,304."""
-    weight = model.unembedding
+def sampling_unembedding(model):
+    """The output matrix as sampling multiplies it, (V', C): in bf16 where the model runs in bf16,
+    and on CUDA then padded with rows of zeros to a multiple of 64, because cuBLAS takes 0.44 ms for
+    512 x 768 by 50,257 and 0.08 ms by 50,304."""
+    weight = model.unembedding                                              # (V, C)
     if not uses_bf16(model):
         return weight
     rows = -len(weight) % 64 if weight.is_cuda else 0
     return F.pad(weight.bfloat16(), (0, 0, 0, rows))
 
 
-def next_token_logits(model, head, hidden, temperature):
-    """hidden (n, C), head (V', C) -> logits (n, V'), -inf from V on."""
-    logits = compute_logits(hidden.to(head.dtype), head, temperature)
+def next_token_logits(model, unembedding, hidden, temperature):
+    """hidden (n, C), unembedding (V', C) -> logits (n, V'), -inf in the columns of the padding."""
+    logits = compute_logits(hidden.to(unembedding.dtype), unembedding, temperature)
     logits[:, model.cfg.vocab_size:] = -math.inf
     return logits
 
 
-def decode_one_token(model, head, token, position, cache, temperature):
+def decode_one_token(model, unembedding, token, position, cache, temperature):
     """token (n,) at position (n, 1) -> logits of the next token (n, V'). Shapes and addresses are
     those of the step before, so that a CUDA graph can replay it."""
     cache.bias.index_fill_(3, cache.column, 0.0)                            # the token sees itself
     hidden = model(token[:, None], position, cache)[:, 0]                   # (n, C)
-    return next_token_logits(model, head, hidden, temperature)
+    return next_token_logits(model, unembedding, hidden, temperature)
 
 
-def decode_loop(model, head, cache, logits, length, max_new_tokens, temperature, stop, pad,
+def decode_loop(model, unembedding, cache, logits, length, max_new_tokens, temperature, stop, pad,
                 uniform):
-    """Sample, stop, drop finished rows, grow the cache. head (V', C); logits (N, V') of the first
-    token; length (N,) of the prompts; uniform (N, max_new_tokens) -> response and logp
+    """Sample, stop, drop finished rows, grow the cache. unembedding (V', C); logits (N, V') of the
+    first token; length (N,) of the prompts; uniform (N, max_new_tokens) -> response and logp
     (N, max_new_tokens), count (N,) of response tokens."""
     N, device = logits.size(0), logits.device
     response = torch.full((N, max_new_tokens), pad, device=device)
@@ -604,8 +609,8 @@ def decode_loop(model, head, cache, logits, length, max_new_tokens, temperature,
             step = None
         if step is None:                                       # at the start, or shapes changed
             step_token = token
-            step = functools.partial(decode_one_token, model, head, step_token, position, cache,
-                                     tau)
+            step = functools.partial(decode_one_token, model, unembedding, step_token, position,
+                                     cache, tau)
             step = capture_cuda_graph(step, device)
         step_token.copy_(token)
         logits = step()                                                     # (alive, V')

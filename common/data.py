@@ -56,30 +56,35 @@ def filter_rows(rows, keep, reason, need=True):
 
 
 def tokenize_rows(rows, tokenizer, encode, need=True):
-    """encode(row) of the rows that the chat template takes; the others are dropped and counted.
-    With `need`, it is an error if none is left. A text that spells out a special token stays text,
-    with a warning."""
-    kept, refused, marked = [], [], []
+    """encode(row) of the rows that the chat template accepts; the others are dropped and counted.
+    With `need`, it is an error if none is left."""
+    report_special_tokens(rows, tokenizer)
+    kept, refused = [], []
     for row in rows:
-        where = row.get("_line") or repr(row["prompt"])
         try:
             kept.append(encode(row))
         except InputError as e:
-            refused.append(f"{where}: {e}")
-        texts = [row.get(name) for name in ("prompt", "response", "chosen", "rejected")]
-        text = "".join(x for x in texts if isinstance(x, str))
-        names = [name for name in tokenizer.special if name in text]
-        if names:
-            marked.append(f"{names[0]} in {where}")
+            refused.append(f"{row.get('_line') or repr(row['prompt'])}: {e}")
     if refused and need and not kept:
         raise InputError(refused[0])
     if refused:
         print(f"dropped {len(refused)} of {len(rows)} rows that the chat template refuses; the "
               f"first is {refused[0]}")
-    if marked:
-        print(f"warning: special tokens that {len(marked)} rows spell out stay text; the first is "
-              f"{marked[0]}")
     return kept
+
+
+def report_special_tokens(rows, tokenizer):
+    """Say how many rows spell out a special token: it stays text (see FolderTokenizer.encode)."""
+    found = []
+    for row in rows:
+        texts = [row.get(name) for name in ("prompt", "response", "chosen", "rejected")]
+        text = "".join(x for x in texts if isinstance(x, str))
+        names = [name for name in tokenizer.special if name in text]
+        if names:
+            found.append(f"{names[0]} in {row.get('_line') or repr(row['prompt'])}")
+    if found:
+        print(f"warning: {len(found)} rows spell out special tokens, which stay text; the first is "
+              f"{found[0]}")
 
 
 def tokenize_prompts(rows, tokenizer, max_new_tokens, block_size, need=True):
@@ -142,8 +147,9 @@ def load_prompts(cfg, tokenizer, score, block_size, need_answer=True, eval_promp
     def prepare(rows):
         rows = filter_rows(rows, lambda row: row["prompt"], "the prompt is empty")
         if need_answer:
-            reason = ('"answer" is not wholly one number, so `score` returns None (--reward math '
-                      "reads more than numbers)")
+            reason = '"answer" is not wholly one number, so `score` returns None'
+            if getattr(cfg, "reward", "") == "rule":
+                reason += " (--reward math reads more than numbers)"
             rows = filter_rows(rows, has_answer, reason)
         return tokenize_prompts(rows, tokenizer, cfg.max_new_tokens, block_size)
 

@@ -9,6 +9,8 @@ from common.data import filter_rows, split_rows, tokenize_rows
 from common.rows import read_rows, require_text
 from common.tokenizer import InputError, encode_response
 
+LAST_TURN = "\n\nAssistant:"      # before a response of HH-RLHF
+
 
 def read_preferences(path):
     r"""JSON lines of preferences -> rows with text "prompt", "chosen" and "rejected", one per pair.
@@ -21,8 +23,12 @@ def read_preferences(path):
     for row in read_rows(path):
         if "responses" in row:
             rows += ranking_to_pairs(row)
+        elif holds_dialogues(row):
+            rows.append(split_dialogues(row))
+        elif "prompt" not in row:
+            rows.append(split_common_beginning(row))
         else:
-            rows.append(split_dialogue(row))
+            rows.append(row)
     for row in rows:
         require_text(row, "prompt", "chosen", "rejected")
         margin = row.get("margin", 0)
@@ -69,39 +75,44 @@ def ranking_to_pairs(row):
     return [rest | {"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
 
 
-def split_dialogue(row):
-    """HH-RLHF's pair of whole dialogues -> prompt, chosen, rejected, and the prompt as messages for
-    models that chat. Two other texts without a prompt: their common beginning, up to a space, is
-    the prompt. Any other row as it is."""
-    last = "\n\nAssistant:"
+def holds_dialogues(row):
+    """Whether both texts are whole dialogues as in HH-RLHF, which repeat the prompt if there is
+    one."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not isinstance(chosen, str) or not isinstance(rejected, str) or "messages" in row:
-        return row
-    given = row.get("prompt", last)
-    if not isinstance(given, str) or not given.endswith(last):
-        return row
-    if "prompt" in row and not (chosen.startswith(given) and rejected.startswith(given)):
-        return row
-    if last not in chosen or last not in rejected:
-        return row if "prompt" in row else split_beginning(row)
-    prompt, _, chosen = chosen.rpartition(last)
-    other, _, rejected = rejected.rpartition(last)
-    row = row | {"prompt": prompt + last, "chosen": chosen, "rejected": rejected,
-                 "_prompt_of_rejected": other + last}
+    if "messages" in row or not isinstance(chosen, str) or not isinstance(rejected, str):
+        return False
+    if LAST_TURN not in chosen or LAST_TURN not in rejected:
+        return False
+    if "prompt" not in row:
+        return True
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) or not prompt.endswith(LAST_TURN):
+        return False
+    return chosen.startswith(prompt) and rejected.startswith(prompt)
+
+
+def split_dialogues(row):
+    """HH-RLHF's pair of whole dialogues -> prompt, chosen, rejected, and the prompt as messages for
+    models that chat."""
+    prompt, _, chosen = row["chosen"].rpartition(LAST_TURN)
+    other, _, rejected = row["rejected"].rpartition(LAST_TURN)
+    row = row | {"prompt": prompt + LAST_TURN, "chosen": chosen, "rejected": rejected,
+                 "_prompt_of_rejected": other + LAST_TURN}
     before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
     if turns and not before.strip() and turns[0] == "Human":
         row["_dialogue"] = join_turns(turns[::2], turns[1::2])
     return row
 
 
-def split_beginning(row):
-    """TRL's pair with an implicit prompt."""
-    same = os.path.commonprefix([row["chosen"], row["rejected"]])
-    n = same.rfind(" ")
+def split_common_beginning(row):
+    """TRL's pair with an implicit prompt: what both texts begin with, up to a space."""
+    if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
+        return row                                     # require_text will say what is wrong
+    n = os.path.commonprefix([row["chosen"], row["rejected"]]).rfind(" ")
     if n <= 0:
-        return row                                     # which lacks a prompt
-    prompt, chosen, rejected = same[:n], row["chosen"][n:], row["rejected"][n:]
-    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return row
+    return row | {"prompt": row["chosen"][:n], "chosen": row["chosen"][n:],
+                  "rejected": row["rejected"][n:]}
 
 
 def join_turns(speakers, texts):

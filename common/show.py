@@ -24,11 +24,11 @@ def kind_of(path):
         raise InputError(f"{path}: the file is empty")
     if {"chosen", "responses", "preferred_output"} & row.keys():
         return "preference"
-    has_answer = "answer" in normalise(row, location, ("prompt",))
     row = normalise(row, location, ("prompt", "response"))
-    ends_with_user = row.get("messages", [{}])[-1].get("role") == "user"
-    is_prompt = "response" not in row or ends_with_user and has_answer
-    return "prompt" if is_prompt else "demonstration"
+    ends_with_user = "messages" in row and row["messages"][-1]["role"] == "user"
+    if "response" not in row or ends_with_user and "answer" in row:
+        return "prompt"
+    return "demonstration"
 
 
 def print_parts(tokenizer, tokens, mask):

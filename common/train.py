@@ -80,9 +80,14 @@ def sampling_bytes(model):
     return 3 * 4 * model.cfg.vocab_size
 
 
+def eval_byte_limit(device):
+    """Bytes that the responses which evaluation samples at a time may take."""
+    return EVAL_BATCH_BYTES.get(device.type, 2 ** 33)
+
+
 def eval_batch_size(model, longest, samples=1):
     """Prompts that evaluation runs at a time. longest: tokens of the longest sequence."""
-    limit = EVAL_BATCH_BYTES.get(model.device.type, 2 ** 33)
+    limit = eval_byte_limit(model.device)
     rows = limit // (longest * cache_bytes(model) + sampling_bytes(model))
     rows = min(rows, EVAL_BATCH_TOKENS // longest)
     return max(1, rows // samples)
@@ -308,8 +313,8 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         for group in part.param_groups:
             moments += sum(p.numel() * 4 * copies for p in group["params"])
     weights = sum(size(model) for model in trained)
-    eval_tokens = EVAL_BATCH_BYTES.get(device.type, 2 ** 33) // cache_bytes(trained[0])
-    eval_tokens = min(EVAL_BATCH_TOKENS, eval_tokens)
+    per_token = cache_bytes(trained[0])
+    eval_tokens = min(EVAL_BATCH_TOKENS, eval_byte_limit(device) // per_token)
     tile = min(LinearLogp.TILE[device.type], budget * cfg.vocab_size)
     plan = {
         "weights": weights,
@@ -317,7 +322,7 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         "moments": moments,
         "frozen": sum(size(model) for model in frozen if model is not None),
         "bf16 copies": size(trained[0]) // 2 if bf16 else 0,
-        "cache": max(responses * longest, eval_tokens) * cache_bytes(trained[0]),
+        "cache": max(responses * longest, eval_tokens) * per_token,
         "sampling": responses * sampling_bytes(trained[0]),
         "activations": budget * (norms // 2 + kept),
         "logits": 2 * 4 * tile + cfg.vocab_size * C * (6 if bf16 else 4),

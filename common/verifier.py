@@ -13,7 +13,7 @@ from fractions import Fraction
 from common.tokenizer import InputError
 
 RULES = ("rule", "math")          # values of --reward that name no reward model
-LONGEST = 200                     # characters of a number with its unit; longer ones are none
+LONGEST = 200                     # characters of a number with its unit; a longer text is none
 
 # minus signs, full-width signs and digits, spaces; \0 is used below
 SAME = str.maketrans(
@@ -132,7 +132,10 @@ def whole_number(text, in_sentence=False):
     text = text.strip()
     if len(text) > LONGEST:
         return None
-    text = plain(text.strip("*_`$ ") if text.count("$") == 2 else text.strip("*_` ")).strip()
+    text = text.strip("*_` ")
+    if text.count("$") == 2:                           # $42$ is mathematics, $42 is money
+        text = text.strip("*_`$ ")
+    text = plain(text).strip()
     inner = re.fullmatch(r"\\(?:text|mathrm|mathbf|textbf|bf) ?\{([^{}]*)\}", text)
     text = inner[1].strip() if inner else text
     text = re.sub(r"^[A-Za-z] ?= ?", "", text)         # x = 42
@@ -187,22 +190,35 @@ def last_number(text):
     return None if words and words[0] in OTHER else value_of(found)
 
 
-def boxes(text):
-    """The contents of all \\boxed{...}, and whether the last one stands for itself: no factor,
-    sign, power or alternative beside it."""
-    parts = re.split(r"\\f?boxed", text)
-    contents = [in_braces(part.lstrip()) for part in parts[1:]]
+# what stands beside a box that is not the answer: a sign, factor, power, operator or alternative
+BOX = r"\\f?boxed"
+NOT_BEFORE_BOX = r"[-+*/^_{<>]$|\\[a-z]+$|\b(?:or|not|and)$"
+NOT_AFTER_BOX = r"[\^_!*/+=<>]|\\(?:pi|sqrt|cdot|times|frac|pm)|[a-zA-Z]\b"
+
+
+def box_contents(text):
+    """The contents of all \\boxed{...}, "" where braces do not close."""
+    return [in_braces(part.lstrip()) for part in re.split(BOX, text)[1:]]
+
+
+def is_last_box_alone(text):
+    """Whether nothing beside the last \\boxed{...} makes its content another number, or one of
+    several: -\\boxed{5}, \\boxed{5}\\pi, \\boxed{5} million, \\boxed{4} or \\boxed{5}."""
+    contents = box_contents(text)
+    parts = re.split(BOX, text)
     before = parts[-2].rstrip(" $\n")
+    if re.search(NOT_BEFORE_BOX, before):
+        return False
+    if len(contents) > 1:
+        between = before[len(contents[-2]) + 1:].lstrip("} ")
+        if re.fullmatch(r"[\s,;:$]*(?:or|and)?[\s,;:$]*", between):
+            return False
     after = parts[-1].lstrip()[len(contents[-1]) + 2:].lstrip(" $")
     after = LATEX_TEXT.sub(r" \1 ", after).lstrip()
-    alone = not re.search(r"[-+*/^_{<>]$|\\[a-z]+$|\b(?:or|not|and)$", before)
-    if len(parts) > 2:
-        between = before[len(contents[-2]) + 1:].lstrip("} ")
-        alone = alone and not re.fullmatch(r"[\s,;:$]*(?:or|and)?[\s,;:$]*", between)
+    if re.match(NOT_AFTER_BOX, after):
+        return False
     word = words_of(after[:30])[:1] if after[:1].isalpha() else []
-    alone = alone and not re.match(r"[\^_!*/+=<>]|\\(?:pi|sqrt|cdot|times|frac|pm)|[a-zA-Z]\b",
-                                   after)
-    return contents, alone and (OTHER - {"if", "not"}).isdisjoint(word)
+    return (OTHER - {"if", "not"}).isdisjoint(word)    # these two may begin the next sentence
 
 
 def answer_number(text):
@@ -212,8 +228,7 @@ def answer_number(text):
     later, must be it; without either the text is it, or it is the last number of the text. 5% is 5;
     "42." and "42.0" are 42."""
     if text.rfind("\\boxed") > text.rfind("####"):
-        contents, alone = boxes(text)
-        return whole_number(contents[-1]) if alone else None
+        return whole_number(box_contents(text)[-1]) if is_last_box_alone(text) else None
     if "####" in text:
         line = text.rpartition("####")[2].strip().split("\n")[0]
         if re.match(r"[0-9]+[.)] +[A-Za-z]", line):    # "#### 1. Check" is a heading
@@ -235,9 +250,8 @@ def gold_number(answer):
         text = text.rpartition("####")[2]
     if "\\boxed" not in text:
         return whole_number(text)
-    contents, alone = boxes(text)
-    numbers = {whole_number(content) for content in contents}
-    return numbers.pop() if alone and len(numbers) == 1 else None
+    numbers = {whole_number(content) for content in box_contents(text)}
+    return numbers.pop() if len(numbers) == 1 and is_last_box_alone(text) else None
 
 
 def math_score(row, response):

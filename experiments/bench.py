@@ -766,14 +766,14 @@ def bench_bf16(peers):
                    seconds["vocabulary"] / seconds["all"], "")
 
 
-def bench_gpu(peers):
+def bench_on_gpu(peers):
     import bench_gpu
     bench_gpu.main()
 
 
 GROUPS = {"logp": bench_logp, "generate": bench_generate, "shares": bench_shares,
           "step": bench_step, "growth": bench_growth, "trl": bench_trl, "bf16": bench_bf16,
-          "gpu": bench_gpu}
+          "gpu": bench_on_gpu}
 
 
 def main():

@@ -378,20 +378,26 @@ def log_probs(sizes):
         weight = weight.detach().to(sizes.device).requires_grad_()
         targets = targets[:sizes.logp_rows].to(sizes.device)
         for name, (form, tile) in forms.items():
-            M.LinearLogp.TILE[sizes.device.type] = tile
             both = functools.partial(forward_backward, form, hidden, weight, targets)
-            ms = 1000 * median_seconds(sizes, both)
-            hidden.grad = weight.grad = None
-            result[f"V={V}, {name}"] = [ms, 1024 * peak_gib(sizes, both)]
-        M.LinearLogp.TILE[sizes.device.type] = ours
+            try:
+                M.LinearLogp.TILE[sizes.device.type] = tile
+                ms = 1000 * median_seconds(sizes, both)
+                hidden.grad = weight.grad = None
+                result[f"V={V}, {name}"] = [ms, 1024 * peak_gib(sizes, both)]
+            finally:
+                M.LinearLogp.TILE[sizes.device.type] = ours
     return result
 
 
 def pieces(sizes):
-    """Rollouts of ragged length with one rule of the sampler as it was: when rows are dropped, how
-    the cache grows, how attention over the cache is computed."""
+    """Tokens per second of rollouts of ragged length, as the sampler is now, and with one of its
+    rules changed: when rows are dropped, how the cache grows, how attention is computed."""
     device = sizes.device.type
     attention = M.decode_attention
+
+    def use(share, rows, block, attend):
+        M.DROP_BELOW[device], M.KEEP_ROWS[device] = share, rows
+        M.KVCache.BLOCK[device], M.decode_attention = block, attend
 
     def fused(q, k, v, bias, has_key_bias):
         grouped = q.view(len(q), k.size(1), -1, q.size(3))
@@ -411,14 +417,14 @@ def pieces(sizes):
     for name in list(sizes.shapes)[:2]:
         model = random_model(sizes, name)
         prompts = random_prompts(model, n // 8, sizes.prompt)
-        for form, (share, rows, block, attend) in forms.items():
-            M.DROP_BELOW[device], M.KEEP_ROWS[device] = share, rows
-            M.KVCache.BLOCK[device], M.decode_attention = block, attend
-            seconds = median_seconds(sizes, functools.partial(
-                model.generate, prompts, 8, sizes.new, stop_token_ids=[0], uniform=uniform))
+        for form, rules in forms.items():
+            try:
+                use(*rules)
+                seconds = median_seconds(sizes, functools.partial(
+                    model.generate, prompts, 8, sizes.new, stop_token_ids=[0], uniform=uniform))
+            finally:
+                use(*now)
             result[f"{name}, {form}"] = int(lengths.sum()) / seconds
-        M.DROP_BELOW[device], M.KEEP_ROWS[device], M.KVCache.BLOCK[device] = now[:3]
-        M.decode_attention = attention
     return result
 
 
@@ -436,26 +442,29 @@ def rounded(x):
     return x
 
 
+def run_section(section, sizes):
+    """Its figures, or its error: the next section still counts."""
+    try:
+        return section(sizes)
+    except Exception as e:
+        return {"error": f"{type(e).__name__}: {e}"[:400]}
+    finally:
+        if on_gpu(sizes):
+            torch.cuda.empty_cache()
+
+
 def main(sizes=Sizes):
     setup(Config())
     start = time.perf_counter()
-    folder = tempfile.TemporaryDirectory()
-    sizes.folder = folder.name
-    for section in SECTIONS:
-        began = time.perf_counter()
-        if began - start > LIMIT:
+    with tempfile.TemporaryDirectory() as sizes.folder:    # of the scripts' runs
+        for section in SECTIONS:
+            began = time.perf_counter()
             result = {"skipped": f"after {LIMIT} s"}
-        else:
-            try:
-                result = section(sizes)
-            except Exception as e:                         # the next section still counts
-                result = {"error": f"{type(e).__name__}: {e}"[:400]}
-        seconds = round(time.perf_counter() - began, 1)
-        line = {"section": section.__name__, "seconds": seconds} | rounded(result)
-        print(json.dumps(line), flush=True)
-        if on_gpu(sizes):
-            torch.cuda.empty_cache()
-    folder.cleanup()
+            if began - start < LIMIT:
+                result = run_section(section, sizes)
+            seconds = round(time.perf_counter() - began, 1)
+            line = {"section": section.__name__, "seconds": seconds} | rounded(result)
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
-A CUDA device that is the CPU, for tests of the CUDA code where there is no GPU.
+A CUDA device simulated on the CPU, for tests of the CUDA code where there is no GPU.
 
-    with PretendedCuda(monkeypatch) as gpu:
+    with FakeCuda(monkeypatch) as gpu:
         model.to("cuda").generate(...)
 
 A tensor that is created on "cuda" or moved there computes on the CPU, but says that it is on
@@ -62,7 +62,7 @@ class Graph:
                         x.copy_(y)
 
 
-class PretendedCuda(TorchFunctionMode):
+class FakeCuda(TorchFunctionMode):
     def __init__(self, monkeypatch, capability=(9, 0)):
         super().__init__()
         self.storages = {}             # on the GPU; weak, so that an address is not used again
@@ -74,7 +74,7 @@ class PretendedCuda(TorchFunctionMode):
         self.replace_torch(monkeypatch, capability)
 
     def replace_torch(self, monkeypatch, capability):
-        card = types.SimpleNamespace(total_memory=2 ** 34, name="pretended")
+        card = types.SimpleNamespace(total_memory=2 ** 34, name="fake")
         stream = types.SimpleNamespace(wait_stream=lambda other: None)
         for name, value in {
                 "is_available": lambda: True, "get_device_capability": lambda *_: capability,

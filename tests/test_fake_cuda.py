@@ -1,7 +1,7 @@
-"""The CUDA code where there is no GPU, on a device that only pretends (pretended_cuda.py): no
+"""The CUDA code where there is no GPU, on a fake device (fake_cuda.py): no
 operation mixes devices, nothing waits inside a graph, and a graph samples what eager steps sample.
 
-    python -m pytest tests/test_pretended_cuda.py
+    python -m pytest tests/test_fake_cuda.py
 """
 import copy
 
@@ -14,7 +14,7 @@ from common.optimizers import make_optimizer
 from common.train import compute_logp, micro_batches
 from conftest import PROMPTS, SCRIPTS, bf16_devices, quick, tiny
 from grpo import grpo_loss
-from pretended_cuda import PretendedCuda
+from fake_cuda import FakeCuda
 
 CUDA = torch.device("cuda")
 
@@ -26,7 +26,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(M, "KEEP_ROWS", {"cpu": 0, "cuda": 4})
     M.rope_table.cache_clear()
     M.capture_stream.cache_clear()
-    yield PretendedCuda(monkeypatch)
+    yield FakeCuda(monkeypatch)
     M.rope_table.cache_clear()
     M.capture_stream.cache_clear()
 
@@ -64,7 +64,7 @@ def test_a_rollout_and_its_update_are_those_of_the_cpu(gpu, family, monkeypatch)
             torch.testing.assert_close(b.grad.cpu(), a.grad, rtol=1e-3, atol=1e-3, msg=name)
 
         bf16_devices(monkeypatch, {"cuda"})
-        assert M.sampling_head(twin).shape == (64, model.cfg.n_embd)          # of 23 tokens
+        assert M.sampling_unembedding(twin).shape == (64, model.cfg.n_embd)          # of 23 tokens
         tokens, mask, sampled = twin.generate(PROMPTS, 4, 20, 1.5, uniform=uniform)
         scored = compute_logp(twin, tokens, mask.cpu(), 1.5)
         error = (sampled - scored).abs().sum() / mask.sum()

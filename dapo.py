@@ -167,7 +167,7 @@ def score(row, response):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    rule = math_score if cfg.reward == "math" else score
+    rule = math_score if cfg.reward == "math" else score        # compares with the row's answer
     splits = load_prompts(cfg, tokenizer, rule, policy.cfg.block_size, cfg.reward in RULES,
                           cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits

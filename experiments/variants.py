@@ -10,9 +10,9 @@ those of the script. Groups, minibatches, optimiser and flags stay the same.
     drgrpo      grpo.py without division by std and length, and without KL penalty (2503.20783)
     gspo        grpo.py with one ratio per response, clipped as a whole, no KL penalty (2507.18071)
     constant    grpo.py with Dr. GRPO's constant in place of 1/|o_i|, and without KL penalty
-    cispo       dapo.py with a ratio that is cut but has no gradient: every token keeps its own
-                (2506.13585)
-    dppo        dapo.py with a clip of probabilities, not of ratios (2602.04879)
+    cispo       dapo.py with the ratio as a clipped weight without gradient: every token keeps a
+                gradient (2506.13585)
+    dppo        dapo.py with a bound on the change of the probability, not of the ratio (2602.04879)
     ipo         dpo.py with a squared loss whose optimum is finite (2310.12036)
 
 experiments/compare.py puts them side by side.
@@ -100,8 +100,9 @@ def gspo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
 
 
 def cispo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
-    """CISPO, Eq. 4 and 5: the ratio is a weight, cut at 1 + clip_high and without gradient, so no
-    token loses its own, as under the clip. There is no lower bound."""
+    """CISPO, Eq. 4 and 5: the ratio is a weight, clipped at 1 + clip_high and detached. So every
+    token keeps a gradient, which DAPO's clip would remove. There is no lower bound. The statistics
+    are the shares of tokens that DAPO's clip would cut."""
     _, stats = dapo_loss(logp.detach(), old_logp, adv, mask, clip_low, clip_high)
     if n is None:
         n = mask.sum().clamp(min=1)
@@ -113,9 +114,9 @@ def cispo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
 
 
 def dppo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
-    """DPPO, binary total variation: a token's gradient is cut where its probability, not its ratio,
-    has moved further than clip_high or clip_low the way that the advantage pulls. Rare tokens stay
-    free, whatever their ratio."""
+    """DPPO with binary total variation: a token has no gradient where its probability has moved in
+    the direction of its advantage by more than clip_high, up, or clip_low, down. A rare token keeps
+    its gradient whatever its ratio."""
     _, stats = dapo_loss(logp.detach(), old_logp, adv, mask, clip_low, clip_high)
     if n is None:
         n = mask.sum().clamp(min=1)

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.data import load_prompts
+from common.data import load_prompts, load_retained
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.models import load_policy, load_reward_model, setup
 from common.optimizers import make_optimizer, set_lr
@@ -88,6 +88,7 @@ class Config:
     # evaluation
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
     eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
+    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -128,16 +129,17 @@ def soft_overlong(length, max_len, cache):
     return ((max_len - cache - length) / max(cache, 1)).clamp(-1, 0)
 
 
-def dapo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
-    """-J of Eq. 8. logp, old_logp, mask (B, T), mask 1 on response tokens; adv (B,); n: response
-    tokens in the whole optimiser batch, None if this is all of it.
+def dapo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None, sampler_logp=None):
+    """-J of Eq. 8. logp, old_logp, mask (B, T), mask 1 on response tokens; adv (B,), or (B, T) by
+    token; n: response tokens in the whole optimiser batch, None if this is all of it.
+    sampler_logp (B, T): if given, its difference from old_logp is measured.
     Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
     if n is None:
         n = mask.sum().clamp(min=1)                                       #         Σ_i |o_i|
     ratio = (logp - old_logp).clamp(max=20).exp()                         # (B, T)  r_it, 1 at first
-    adv = adv[:, None]                                                    # (B, 1)  Â_i
+    adv = adv.view(len(adv), -1)                                          # (B, 1)  Â_i, or Â_it
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_low, 1 + clip_high) * adv)
     loss = -(surrogate * mask).sum() / n                                  # 1/Σ_i |o_i| Σ_i Σ_t
     with torch.no_grad():
@@ -146,6 +148,9 @@ def dapo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None):
         clipped_high = (ratio > 1 + clip_high) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
+        if sampler_logp is not None:                                      # one model: about 0
+            error = (old_logp - sampler_logp).abs() * mask
+            stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats
 
 
@@ -171,6 +176,7 @@ def train(cfg):
     splits = load_prompts(cfg, tokenizer, rule, policy.cfg.block_size, cfg.reward in RULES,
                           cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
+    retained = load_retained(cfg, tokenizer, policy.cfg.block_size)
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     optimizer = make_optimizer(policy, cfg.lr)
     B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
@@ -181,7 +187,7 @@ def train(cfg):
 
     def evaluate_policy(rows, samples=1):
         return evaluate(policy, tokenizer, rows, rule, cfg, samples, reward_model, None,
-                        run.state["truncated_reward"])
+                        run.state["truncated_reward"], retained)
 
     if run.is_new:                                              # measured once, kept when resumed
         run.state |= measure_reward(cfg, policy, tokenizer, reward_model, rule, train_rows)
@@ -222,7 +228,7 @@ def train(cfg):
         run.state["prompts_used"] += len(keep)
 
         # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group_size).to(device)  # (B,)
+        adv = group_advantage(reward, cfg.group_size)[:, None].to(device)  # (B, 1)
         rollout_end = time.perf_counter()
 
         # 4. update: clipped epochs over the same rollout
@@ -238,12 +244,10 @@ def train(cfg):
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
                     old = logp.detach() if on_policy else old_logp[rows, :width]
                     loss, loss_stats = dapo_loss(
-                        logp, old, adv[rows], mask[rows, :width], cfg.clip_low, cfg.clip_high, n)
+                        logp, old, adv[rows, :width], mask[rows, :width],
+                        cfg.clip_low, cfg.clip_high, n, sampler_logp[rows, :width])
                     loss.backward()
-                    # the sampler and the scorer are one model: the error is about 0
-                    error = (old - sampler_logp[rows, :width]).abs().sum()
-                    loss_stats |= {"entropy": entropy.sum() / len(index),
-                                   "sampler_logp_error": error / len(index)}
+                    loss_stats["entropy"] = entropy.sum() / len(index)
                     stats.add(loss_stats, len(index))
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.data import running_sums, spread, tokenize_prompts
+from common.data import load_retained, running_sums, spread, tokenize_prompts
 from common.evaluate import MetricMean, evaluate, half_interval
 from common.models import ensure_checkpoint, load_policy, setup
 from common.optimizers import make_optimizer, set_lr
@@ -82,6 +82,7 @@ class Config:
     max_new_tokens: int = 24      # longest response in the evaluation
     eval_every: int = 20          # steps between evaluations, and between checkpoints
     eval_prompts: int = 0         # held-out prompts that get responses, at most; 0: all
+    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -93,7 +94,12 @@ COLUMNS = ("loss pair_acc margin reward_w reward_l logp_w logp_l grad_norm val_p
 
 
 # ------------------------------------------------------------------------------------ the algorithm
-# To use it elsewhere copy this function; it needs `import torch.nn.functional as F`.
+# To use them elsewhere copy these two functions; they need torch and torch.nn.functional as F.
+
+
+def sequence_logp(logp, mask):
+    """log π(y|x) of each response, the sum over its tokens. logp, mask (B, T) -> (B,)."""
+    return torch.where(mask > 0, logp, 0.0).sum(1)
 
 
 def dpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
@@ -147,7 +153,7 @@ def response_logp(model, rows, cfg):
         tokens, mask = pad_pairs(rows[i:i + 256])
         tokens, mask = tokens.flatten(0, 1).to(model.device), mask.flatten(0, 1)
         logp = compute_logp(model, tokens, mask, 1.0, cfg.micro_batch_tokens)
-        found.append(logp.sum(1).view(-1, 2).cpu())
+        found.append(sequence_logp(logp.cpu(), mask).view(-1, 2))
     return torch.cat(found)
 
 
@@ -178,6 +184,7 @@ def train(cfg):
     train_pairs, val_pairs, test_pairs = splits
     val_prompts = held_out_prompts(val_pairs, "val", cfg, tokenizer, block_size)
     test_prompts = held_out_prompts(test_pairs, "test", cfg, tokenizer, block_size)
+    retained = load_retained(cfg, tokenizer, block_size)
     batch_size = min(cfg.batch, len(train_pairs))
     steps = math.ceil(cfg.epochs * len(train_pairs) / batch_size)
     optimizer = make_optimizer(policy, cfg.lr)
@@ -190,7 +197,8 @@ def train(cfg):
             row["ref"] = both
 
     def evaluate_policy(prompts, pairs, samples=1):
-        metrics, texts = evaluate(policy, tokenizer, prompts, score, cfg, samples)
+        metrics, texts = evaluate(policy, tokenizer, prompts, score, cfg, samples,
+                                  retained=retained)
         return metrics | evaluate_pairs(policy, pairs, cfg), texts
 
     if run.is_new:
@@ -204,7 +212,7 @@ def train(cfg):
         batch = next(batch_iter)
         tokens, mask = pad_pairs(batch)                         # (P, 2, T)
         n_chosen = mask[:, 0].sum().item()                      # tokens of the chosen responses
-        tokens = tokens.to(device)
+        tokens, mask_dev = tokens.to(device), mask.to(device)
         ref_w, ref_l = torch.tensor([row["ref"] for row in batch], device=device).T  # (P,)
         optimizer.zero_grad()
         every_pair = torch.arange(batch_size)
@@ -212,7 +220,8 @@ def train(cfg):
             with autocast(policy):                              # bf16 where the hardware has it
                 logp, entropy = policy.token_logp(              # (2 p, width)
                     tokens[rows, :, :width].flatten(0, 1), index=index)
-            logp_w, logp_l = logp.sum(1).view(-1, 2).T          # (p,)
+            chosen = mask_dev[rows, :, :width].flatten(0, 1)
+            logp_w, logp_l = sequence_logp(logp, chosen).view(-1, 2).T  # (p,)
             loss, loss_stats = dpo_loss(logp_w, logp_l, ref_w[rows], ref_l[rows], cfg.beta,
                                         cfg.label_smoothing, batch_size)
             loss_with_sft = loss - cfg.sft_coef * logp_w.sum() / n_chosen

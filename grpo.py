@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.data import load_prompts
+from common.data import load_prompts, load_retained
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.models import load_policy, load_reward_model, setup
 from common.optimizers import make_optimizer, set_lr
@@ -81,6 +81,7 @@ class Config:
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
     eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
     max_kl: float = 50.0          # early stopping: largest KL to the reference, nats per response
+    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -115,9 +116,10 @@ def kl_k3(logp, ref_logp):
     return torch.expm1(log_ratio) - log_ratio
 
 
-def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
-    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,); n:
-    responses in the whole optimiser batch, None if this is all of it.
+def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None):
+    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,), or
+    (B, T) by token; n: responses in the whole optimiser batch, None if this is all of it.
+    sampler_logp (B, T): if given, its difference from old_logp is measured.
     Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
@@ -126,7 +128,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     if n is None:
         n = (length > 0).sum().clamp(min=1)
     ratio = (logp - old_logp).clamp(max=20).exp()                         # (B, T)  r_it, 1 at first
-    adv = adv[:, None]                                                    # (B, 1)  Â_i
+    adv = adv.view(len(adv), -1)                                          # (B, 1)  Â_i, or Â_it
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     kl = kl_k3(logp, ref_logp)                                            # (B, T)  D_it
     per_token = (surrogate - kl_beta * kl) * mask
@@ -137,6 +139,9 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
+        if sampler_logp is not None:                                      # one model: about 0
+            error = (old_logp - sampler_logp).abs() * mask
+            stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats
 
 
@@ -162,6 +167,7 @@ def train(cfg):
     splits = load_prompts(cfg, tokenizer, rule, policy.cfg.block_size, cfg.reward in RULES,
                           cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
+    retained = load_retained(cfg, tokenizer, policy.cfg.block_size)
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     reference = None                                            # without a KL penalty
     if cfg.kl_beta:
@@ -175,7 +181,7 @@ def train(cfg):
 
     def evaluate_policy(rows, samples=1):
         return evaluate(policy, tokenizer, rows, rule, cfg, samples, reward_model, reference,
-                        run.state["truncated_reward"])
+                        run.state["truncated_reward"], retained)
 
     if run.is_new:                                              # measured once, kept when resumed
         run.state |= measure_reward(cfg, policy, tokenizer, reward_model, rule, train_rows)
@@ -206,9 +212,10 @@ def train(cfg):
         stats.add(rollout_stats(reward, correct, mask_cpu, responses, cfg.group_size))
 
         # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group_size)           # (B,)
-        stats.add({"frac_zero_std": (adv.view(-1, cfg.group_size) == 0).all(1).float().mean()})
-        has_gradient = (adv != 0) | (cfg.kl_beta > 0)           # (B,)
+        adv = group_advantage(reward, cfg.group_size).view(B, -1)  # (B, 1)
+        is_zero = (adv == 0).all(1)                             # (B,)
+        stats.add({"frac_zero_std": is_zero.view(-1, cfg.group_size).all(1).float().mean()})
+        has_gradient = ~is_zero | (cfg.kl_beta > 0)
         adv = adv.to(device)
         rollout_end = time.perf_counter()
 
@@ -224,13 +231,10 @@ def train(cfg):
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
                     old = logp.detach() if on_policy else old_logp[rows, :width]
                     loss, loss_stats = grpo_loss(
-                        logp, old, ref_logp[rows, :width], adv[rows], mask[rows, :width],
-                        cfg.clip_eps, cfg.kl_beta, n=len(minibatch))
+                        logp, old, ref_logp[rows, :width], adv[rows, :width], mask[rows, :width],
+                        cfg.clip_eps, cfg.kl_beta, len(minibatch), sampler_logp[rows, :width])
                     loss.backward()
-                    # the sampler and the scorer are one model: the error is about 0
-                    error = (old - sampler_logp[rows, :width]).abs().sum()
-                    loss_stats |= {"entropy": entropy.sum() / len(index),
-                                   "sampler_logp_error": error / len(index)}
+                    loss_stats["entropy"] = entropy.sum() / len(index)
                     if reference is not None:                   # k1 of the policy that sampled
                         loss_stats["kl"] = (old - ref_logp[rows, :width]).sum() / len(index)
                     stats.add(loss_stats, len(index))

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.data import load_prompts
+from common.data import load_prompts, load_retained
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, explained_variance, rollout_stats
 from common.models import load_policy, load_reward_model, make_critic, setup
 from common.optimizers import Optimizers, make_optimizer, set_lr
@@ -89,6 +89,7 @@ class Config:
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
     eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
     max_kl: float = 50.0          # early stopping: largest KL to the reference, nats per response
+    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -136,10 +137,11 @@ def whiten(x, mask):
     return centred / (centred.square().sum() / n + 1e-8).sqrt()
 
 
-def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None):
+def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None, sampler_logp=None):
     """Eq. 5. logp, old_logp, adv, mask (B, T), mask 1 on response tokens; n: response tokens in the
-    whole optimiser batch, None if this is all of it. Returns the loss and statistics, means over
-    the tokens in the mask."""
+    whole optimiser batch, None if this is all of it.
+    sampler_logp (B, T): if given, its difference from old_logp is measured.
+    Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
     adv = torch.where(mask > 0, adv, 0.0)
@@ -157,6 +159,9 @@ def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None):
         stats = {"approx_kl": (approx_kl * mask).sum() / tokens,
                  "clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
+        if sampler_logp is not None:                                      # one model: about 0
+            error = (old_logp - sampler_logp).abs() * mask
+            stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats
 
 
@@ -202,6 +207,7 @@ def train(cfg):
     splits = load_prompts(cfg, tokenizer, rule, policy.cfg.block_size, cfg.reward in RULES,
                           cfg.eval_prompts)
     train_rows, val_rows, test_rows = splits
+    retained = load_retained(cfg, tokenizer, policy.cfg.block_size)
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     reference = freeze(copy.deepcopy(policy))
     critic = make_critic(cfg, policy, reward_model)
@@ -217,7 +223,7 @@ def train(cfg):
 
     def evaluate_policy(rows, samples=1):
         return evaluate(policy, tokenizer, rows, rule, cfg, samples, reward_model, reference,
-                        run.state["truncated_reward"])
+                        run.state["truncated_reward"], retained)
 
     if run.is_new:                                              # measured once, kept when resumed
         run.state |= measure_reward(cfg, policy, tokenizer, reward_model, rule, train_rows)
@@ -267,7 +273,8 @@ def train(cfg):
                         logp, entropy = policy.token_logp(
                             tokens[rows, :width], temperature=cfg.temperature, index=index)
                     loss, loss_stats = ppo_loss(
-                        logp, old, adv[rows, :width], chosen, cfg.clip_eps, n)
+                        logp, old, adv[rows, :width], chosen, cfg.clip_eps, n,
+                        sampler_logp[rows, :width])
                     loss.backward()
                     with autocast(critic):
                         value = critic.value(tokens[rows, :width])   # after backward: less memory
@@ -275,10 +282,7 @@ def train(cfg):
                         value, old_value[rows, :width], ret[rows, :width], chosen,
                         cfg.value_clip_eps, n)
                     loss.backward()
-                    # the sampler and the scorer are one model: the error is about 0
-                    error = (old - sampler_logp[rows, :width]).abs().sum()
-                    loss_stats |= {"entropy": entropy.sum() / len(index),
-                                   "sampler_logp_error": error / len(index)}
+                    loss_stats["entropy"] = entropy.sum() / len(index)
                     stats.add(loss_stats | value_stats, len(index))
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)

@@ -36,12 +36,13 @@ from dataclasses import dataclass
 
 import torch
 
-from common.data import filter_rows, load_demonstrations, running_sums
-from common.evaluate import MetricMean, evaluate
+from common.data import (DEMONSTRATIONS, filter_rows, load_demonstrations, load_retained,
+                         running_sums)
+from common.evaluate import MetricMean, evaluate, mean_nll
 from common.models import load_or_create_model, setup
 from common.optimizers import make_optimizer, set_lr
 from common.run import Run, main, prefixed
-from common.train import batches, compute_logp, estimate_memory, micro_batches, pad_batch
+from common.train import batches, estimate_memory, micro_batches, pad_batch
 from common.verifier import answer_number, gold_number
 from model import autocast
 
@@ -78,6 +79,7 @@ class Config:
     max_new_tokens: int = 24      # longest response in the evaluation
     eval_prompts: int = 0         # validation and test rows, at most so many of each; 0: all
     eval_every: int = 300         # steps between evaluations, and between checkpoints
+    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -150,18 +152,6 @@ def demonstrations(seed):
 # ---------------------------------------------------------------------------------------- training
 
 
-def evaluate_loss(model, rows, cfg):
-    """Nats per response token on held-out demonstrations."""
-    total = count = 0
-    for i in range(0, len(rows), 256):
-        chunk = rows[i:i + 256]
-        tokens, mask = pad_batch([row["tokens"] for row in chunk], [row["mask"] for row in chunk])
-        logp = compute_logp(model, tokens.to(model.device), mask, 1.0, cfg.micro_batch_tokens)
-        total -= logp.sum().item()
-        count += int(mask.sum())
-    return {"loss": total / count} if rows else {}
-
-
 def train(cfg):
     device = setup(cfg)
     model, tokenizer = load_or_create_model(cfg, device)
@@ -175,23 +165,27 @@ def train(cfg):
     reason = f"held out; prompt + --max_new_tokens {cfg.max_new_tokens} exceed {block_size}"
     val_rows = filter_rows(val_rows, has_room, reason)
     test_rows = filter_rows(test_rows, has_room, reason)
+    retained = load_retained(cfg, tokenizer, block_size)
     muon_lr = 0 if cfg.init else cfg.muon_lr
     optimizer = make_optimizer(model, cfg.lr, cfg.weight_decay, muon_lr)
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)
     splits = train_rows, val_rows, test_rows
     run = Run(cfg, cfg.steps, model, optimizer, tokenizer, splits, COLUMNS)
-    run.write_rows("demonstrations.jsonl", [                  # reward.py centres its scores on them
+    run.write_rows(DEMONSTRATIONS, [                     # held out; for the scripts that follow
         {name: row[name] for name in ("prompt", "response", "messages") if name in row}
         for row in (val_rows or train_rows)[:500]])
 
+    def evaluate_loss(rows):
+        return {"loss": mean_nll(model, rows, cfg.micro_batch_tokens)} if rows else {}
+
     def evaluate_model(rows, samples=1):
-        metrics, texts = evaluate(model, tokenizer, rows, score, cfg, samples)
-        return evaluate_loss(model, rows, cfg) | metrics, texts
+        metrics, texts = evaluate(model, tokenizer, rows, score, cfg, samples, retained=retained)
+        return evaluate_loss(rows) | metrics, texts
 
     if run.is_new and cfg.init:
         run.state["before"] = evaluate_model(test_rows, samples=8)
     elif run.is_new:                                            # untrained: no responses yet
-        run.state["before"] = evaluate_loss(model, test_rows, cfg), []
+        run.state["before"] = evaluate_loss(test_rows), []
     batch_iter = batches(train_rows, cfg.batch, cfg.seed, start=run.step)
 
     for step in run.remaining_steps():

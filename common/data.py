@@ -2,11 +2,15 @@
 Rows of data: the built-in task, splits, and rows as token ids. rows.py says what a row is.
 """
 import hashlib
+import os
 import random
 
 from common.rows import read_rows
 from common.tokenizer import InputError, encode_chat, encode_prompt, encode_response
 from common.verifier import checked_score
+
+DEMONSTRATIONS = "demonstrations.jsonl"           # held-out ones, which sft.py leaves in its folder
+
 
 # ------------------------------------------------------------------------------- the built-in task
 
@@ -204,6 +208,21 @@ def load_demonstrations(cfg, tokenizer, block_size, built_in):
         report_rewritten_turns(rows)
         train, val, test = split_rows(rows, test)
     return train, spread(val, cfg.eval_prompts), spread(test, cfg.eval_prompts)
+
+
+def load_retained(cfg, tokenizer, block_size):
+    """Demonstrations of --retain, by default those that sft.py left in --init: they are not trained
+    on, and their loss tells what a run makes the model forget. [] where there is no such file."""
+    path = cfg.retain
+    if not path and cfg.init:
+        path = os.path.join(cfg.init, DEMONSTRATIONS)
+        path = path if os.path.exists(path) else ""
+    if not path:
+        return []
+    rows = read_rows(path, "prompt", "response")
+    rows = tokenize_rows(rows, tokenizer, lambda row: tokenize_demonstration(row, tokenizer))
+    reason = f"{path}: longer than {block_size} tokens"
+    return spread(filter_rows(rows, lambda row: len(row["tokens"]) <= block_size, reason), 500)
 
 
 def report_rewritten_turns(rows):

@@ -6,7 +6,7 @@ import math
 import torch
 
 from common.tokenizer import decode_responses
-from common.train import compute_logp, compute_reward, eval_batch_size
+from common.train import compute_logp, compute_reward, eval_batch_size, pad_batch
 from common.verifier import checked_score, is_right
 
 
@@ -105,8 +105,20 @@ def mark_truncated(tokenizer, tokens, mask, texts):
     return shown
 
 
+def mean_nll(model, rows, micro_batch_tokens=0):
+    """Nats per response token on demonstrations with "tokens" and "mask"."""
+    total = count = 0
+    for i in range(0, len(rows), 256):
+        chunk = rows[i:i + 256]
+        tokens, mask = pad_batch([row["tokens"] for row in chunk], [row["mask"] for row in chunk])
+        logp = compute_logp(model, tokens.to(model.device), mask, 1.0, micro_batch_tokens)
+        total -= logp.sum().item()
+        count += int(mask.sum())
+    return total / count
+
+
 def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, reference=None,
-             truncated_reward=0.0):
+             truncated_reward=0.0, retained=()):
     """How a policy does on held-out rows with "ids": a greedy response to each, and `samples` at
     temperature 1 -> metrics, and the greedy responses as text, truncated ones marked.
 
@@ -115,8 +127,8 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     (in tokens, end token included) at temperature 1. Where `score` gives None for a row, there are
     no accuracies. score: the reward model's mean, with truncated_reward for a truncated response;
     kl_seq: mean of log π/π_ref summed over a response, in nats; both of the first sample per
-    prompt. Sampling uses random numbers of its own, by --seed: evaluation changes nothing in a
-    training run, and repeats itself.
+    prompt. retained_loss: nats per token on the demonstrations `retained`. Sampling uses random
+    numbers of its own, by --seed: evaluation changes nothing in a training run, and repeats itself.
     """
     if not rows:
         return {}, []
@@ -172,4 +184,6 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
         metrics["score"] = sum(scores) / len(scores)
     if kl:
         metrics["kl_seq"] = sum(kl) / len(kl)
+    if retained:
+        metrics["retained_loss"] = mean_nll(policy, retained, cfg.micro_batch_tokens)
     return metrics, greedy_texts

@@ -23,7 +23,8 @@ BELOW_HALF = {"label_smoothing": "or the labels say nothing or the opposite"}
 def parse_config(Config, argv=None):
     """`--field value` for every field of a dataclass; the comment beside the field is its help, and
     comments of their own, such as "# rollout", are headings. A bool may stand alone: --resume. With
-    --resume the settings of the run in --out are the defaults."""
+    --resume the settings of the run in --out are the defaults. Fields that a subclass adds have
+    their help in their metadata (experiments/variants.py)."""
     source = inspect.getsource(Config)
     module = inspect.getmodule(Config)
     help_of = dict(re.findall(r"^    (\w+):.*?#\s*(.+)$", source, re.M))
@@ -46,7 +47,14 @@ def parse_config(Config, argv=None):
                     usage="%(prog)s [--flag value ...]    values in the list are defaults")
     field_of = {f.name: f for f in fields(Config)}
     group = parser
-    for heading, name in re.findall(r"^    (?:# (.+)|(\w+):)", source, re.M):
+    entries = re.findall(r"^    (?:# (.+)|(\w+):)", source, re.M)
+    added = [f for f in fields(Config) if "help" in f.metadata]
+    if added:
+        entries.append(("of this variant", ""))
+    for f in added:
+        entries.append(("", f.name))
+        help_of[f.name] = f.metadata["help"]
+    for heading, name in entries:
         if heading:
             group = parser.add_argument_group(heading)
             continue

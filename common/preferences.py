@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 
-from common.data import filter_rows, split_rows, tokenize_rows
+from common.data import DEMONSTRATIONS, filter_rows, split_rows, tokenize_rows
 from common.rows import read_rows, require_text
 from common.tokenizer import InputError, encode_response
 
@@ -222,7 +222,7 @@ def tokenize_rankings(pairs, tokenizer, block_size, need=True):
 def load_centring_responses(cfg, tokenizer, block_size, rows):
     """Tokens and masks of the responses whose mean score reward.py sets to 0: the demonstrations
     that sft.py left in --init, or the chosen responses if there are none."""
-    path = os.path.join(cfg.init, "demonstrations.jsonl")
+    path = os.path.join(cfg.init, DEMONSTRATIONS)
     demonstrations = read_rows(path, "prompt", "response") if os.path.exists(path) else []
     encoded = [encode_response(tokenizer, row, row["response"]) for row in demonstrations]
     encoded = [(tokens, mask) for tokens, mask in encoded if len(tokens) <= block_size]

@@ -5,6 +5,7 @@ several seeds, measured on the 1,000 test prompts.
     python experiments/compare.py      five seeds, about three hours on two CPU cores
                                        -> out/compare, assets/
     python experiments/compare.py --seeds 1 --tables algorithms
+    python experiments/compare.py --seeds 3 --tables preferences stale     variants; see TABLES
 
 Runs that are already in out/compare are not repeated; --jobs 2 trains two at a time on one thread
 each. Settings were chosen on the validation prompts; this reports on the test prompts.
@@ -13,6 +14,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,8 +26,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import grpo  # noqa: E402
 import reward  # noqa: E402
+import sft  # noqa: E402
 from common import load  # noqa: E402
-from common.data import running_sums, split_rows  # noqa: E402
+from common.data import running_sums, split_rows, tokenize_demonstration  # noqa: E402
 from common.evaluate import evaluate, repeated_uniform  # noqa: E402
 from common.preferences import read_preferences, tokenize_rankings  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
@@ -33,6 +36,9 @@ from common.verifier import is_right  # noqa: E402
 from grpo import score  # noqa: E402
 
 PAIRS = "--data out/compare/reward_{seed}/preferences.jsonl"
+VARIANT = "experiments/variants.py"
+TEACHER = "--teacher out/compare/grpo_{seed}"
+HALF = "--init out/compare/sft_half_{seed}"
 # as many responses and updates as the default, each update from the current policy
 FRESH = "--prompts 8 --steps 200 --warmup 12 --eval_every 40"
 # dapo.py without three of its changes
@@ -51,17 +57,20 @@ RUNS = {
     "dapo": "dapo.py",
     "dpo_plain": f"dpo.py --sft_coef 0 {PAIRS}",
     "dpo_slow": f"dpo.py --sft_coef 0 --lr 2e-5 {PAIRS}",
-    "ipo": f"experiments/variants.py ipo --lr 2e-5 {PAIRS}",
+    "ipo": f"{VARIANT} ipo --lr 2e-5 {PAIRS}",
+    "kto": f"{VARIANT} kto {PAIRS}",
+    "simpo": f"{VARIANT} simpo {PAIRS}",
+    "orpo": f"{VARIANT} orpo {PAIRS}",
     "chosen": f"dpo.py --beta 0 {PAIRS}",       # only SFT on the chosen responses is left
-    "reinforce": "experiments/variants.py reinforce --early_stopping false",
-    "baseline": "experiments/variants.py baseline --early_stopping false",
-    "rloo": "experiments/variants.py rloo --early_stopping false",
-    "drgrpo": "experiments/variants.py drgrpo --early_stopping false",
-    "gspo": "experiments/variants.py gspo --clip_eps 0.02",
-    "reinforce_fresh": f"experiments/variants.py reinforce {FRESH}",
-    "baseline_fresh": f"experiments/variants.py baseline {FRESH}",
-    "rloo_fresh": f"experiments/variants.py rloo {FRESH}",
-    "drgrpo_fresh": f"experiments/variants.py drgrpo {FRESH}",
+    "reinforce": f"{VARIANT} reinforce --early_stopping false",
+    "baseline": f"{VARIANT} baseline --early_stopping false",
+    "rloo": f"{VARIANT} rloo --early_stopping false",
+    "drgrpo": f"{VARIANT} drgrpo --early_stopping false",
+    "gspo": f"{VARIANT} gspo --clip_eps 0.02",
+    "reinforce_fresh": f"{VARIANT} reinforce {FRESH}",
+    "baseline_fresh": f"{VARIANT} baseline {FRESH}",
+    "rloo_fresh": f"{VARIANT} rloo {FRESH}",
+    "drgrpo_fresh": f"{VARIANT} drgrpo {FRESH}",
     "free_fresh": f"grpo.py --kl_beta 0 {FRESH}",
     "grpo_free": "grpo.py --kl_beta 0",
     "token_mean": f"dapo.py {BARE}",
@@ -73,23 +82,59 @@ RUNS = {
     "group_32": "grpo.py --group_size 32 --prompts 8",
     "one_update": "grpo.py --minibatch 256",
     "four_epochs": "grpo.py --epochs 4",
-    "constant": "experiments/variants.py constant",
-    "cispo": "experiments/variants.py cispo",
-    "dppo": "experiments/variants.py dppo",
+    "constant": f"{VARIANT} constant",
+    "cispo": f"{VARIANT} cispo",
+    "dppo": f"{VARIANT} dppo",
+    "reinforce_pp": f"{VARIANT} reinforce++ --reward rule",
+    "process": f"{VARIANT} process --eval_every 5",
+    "outcome": "grpo.py --eval_every 5",
+    # a narrower student
+    "sft_half": "sft.py --n_embd 48",
+    "grpo_half": f"grpo.py {HALF} --eval_every 5",
+    "distill": f"{VARIANT} distill {TEACHER} --eval_every 5",
+    "distill_half": f"{VARIANT} distill {TEACHER} {HALF} --eval_every 5",
+    # as many samples as grpo.py: at once, in three rounds, and as many random responses
+    "expert": f"{VARIANT} expert",
+    "expert_control": f"{VARIANT} expert --control",
+    "round_1": f"{VARIANT} expert --prompts 533",
+    "round_2": f"{VARIANT} expert --prompts 533 --skip 533 --init out/compare/round_1_{{seed}}",
+    "round_3": f"{VARIANT} expert --prompts 534 --skip 1066 --init out/compare/round_2_{{seed}}",
+    # what is forgotten, and what prevents it
+    "grpo_kl_10": "grpo.py --kl_beta 0.1",
+    "grpo_kl_50": "grpo.py --kl_beta 0.5",
+    "replay": f"{VARIANT} replay",
+    "replay_kl_0": f"{VARIANT} replay --kl_beta 0",
+    "dpo_sft_1": f"dpo.py --sft_coef 1 {PAIRS}",
+    "dpo_sft_10": f"dpo.py --sft_coef 10 {PAIRS}",
 }
+for k in (1, 4, 16):                                            # a sampler k rollouts old
+    for name in ("stale", "tis", "mis"):
+        RUNS[f"{name}_{k}"] = f"{VARIANT} {name} --stale {k} --early_stopping false"
+RUNS |= {"tis_0": f"{VARIANT} tis", "mis_0": f"{VARIANT} mis"}
 TABLES = {
     "algorithms": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo"],
     "lambda": ["ppo", "lambda_95", "lambda_50"],
     "dapo": ["grpo_free", "token_mean", "clip_higher", "overlong", "dapo"],
     "dpo": ["dpo", "dpo_plain", "dpo_slow", "ipo", "chosen"],
     "chain": ["reinforce", "baseline", "rloo", "drgrpo", "grpo_free", "gspo", "grpo"],
-    "clips": ["dapo", "cispo", "dppo"],
     "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "drgrpo_fresh", "free_fresh"],
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs",
                   "constant", "token_mean", "wide", "dapo"],
+    # variants, by name only
+    "clips": ["dapo", "cispo", "dppo"],
+    "preferences": ["dpo_plain", "dpo_slow", "ipo", "kto", "simpo", "orpo", "dpo"],
+    "reinforce++": ["ppo_rule", "reinforce_pp", "grpo"],
+    "stale": ["grpo", "tis_0", "mis_0", "stale_1", "tis_1", "mis_1", "stale_4", "tis_4", "mis_4",
+              "stale_16", "tis_16", "mis_16"],
+    "process": ["outcome", "process"],
+    "distill": ["grpo", "distill", "sft_half", "grpo_half", "distill_half"],
+    "expert": ["grpo", "expert_control", "expert", "round_1", "round_2", "round_3"],
+    "retained": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo", "grpo_free", "grpo_kl_10",
+                 "grpo_kl_50", "replay", "replay_kl_0", "dpo_plain", "dpo_sft_1", "dpo_sft_10"],
 }
-COLUMNS = ["greedy", "accuracy", "pass@8", "kl_seq", "length", "length_wrong", "eos_rate",
-           "ktokens", "seconds", "mem_gb"]
+MAIN_TABLES = ["algorithms", "lambda", "dapo", "dpo", "chain", "fresh", "ablations"]
+COLUMNS = ["greedy", "accuracy", "pass@8", "kl_seq", "retained_loss", "length", "length_wrong",
+           "eos_rate", "ktokens", "seconds", "mem_gb"]
 # models in memory, and how many of them are trained
 MODELS = {"sft": (1, 1), "dpo": (1, 1), "ppo": (4, 2), "ppo_rule": (3, 2), "grpo": (2, 1),
           "dapo": (1, 1)}
@@ -135,13 +180,29 @@ def train(script, out, *flags, **env):
     write_json(f"{out}/seconds.json", {"seconds": time.perf_counter() - start})
 
 
+def initial(name, seed):
+    """The checkpoint that a run starts from; an SFT run is measured against itself."""
+    script, *flags = RUNS[name].format(seed=seed).split()
+    if script == "sft.py":
+        return folder(name, seed)
+    return flags[flags.index("--init") + 1] if "--init" in flags else folder("sft", seed)
+
+
+def level(name):
+    """0 for a run that needs no other, else one more than the highest of those that it needs."""
+    needed = re.findall(r"out/compare/(\w+)_\{seed\}", RUNS[name])
+    if not RUNS[name].startswith("sft.py") and "--init" not in RUNS[name]:
+        needed.append("sft")
+    return 1 + max([level(other) for other in needed], default=-1)
+
+
 def run(name, seed, env):
     """Train and measure one run, unless that has been done -> its result."""
     out = folder(name, seed)
     script, *flags = RUNS[name].format(seed=seed).split()
     flags += ["--seed", str(seed)]
-    if name != "sft":
-        flags += ["--init", folder("sft", seed)]
+    if script != "sft.py":
+        flags += ["--init", initial(name, seed)]
     train(script, out, *flags, **env)
     if not os.path.exists(f"{out}/result.json"):        # in a process with threads of its own
         command = [sys.executable, __file__, "--measure", name, str(seed)]
@@ -152,12 +213,16 @@ def run(name, seed, env):
 
 
 def run_all(names, seeds, jobs):
-    """{name: [the result of each seed]} of these runs, and of the SFT and reward models that they
-    start from."""
+    """{name: [the result of each seed]} of these runs, and of the SFT models, reward models and GRPO
+    runs that they may start from."""
     env = {} if jobs == 1 else {"OMP_NUM_THREADS": "1"}
+    names = list(dict.fromkeys(["sft", "reward", *names]))
+    waves = {}                                                  # each needs those before it
+    for name in names:
+        waves.setdefault(level(name), []).append(name)
     results = {}
     with ThreadPoolExecutor(jobs) as pool:
-        for wave in (["sft"], ["reward"], names):               # each needs those before it
+        for _, wave in sorted(waves.items()):
             pending = []
             for name in wave:
                 for seed in seeds:
@@ -176,14 +241,26 @@ def measure(name, seed):
     if name == "reward":
         result = measure_reward_model(out)
     else:
-        result = measure_policy(out, folder("sft", seed), seed)
+        result = measure_policy(out, initial(name, seed), seed)
         rows = read_log(out)
         result["ktokens"] = ktokens(rows)
         result["mem_gb"] = rows[-1]["mem_gb"]
-        if "reward_{seed}" in RUNS[name]:               # the compared responses were sampled too
-            length = read_json(f"{folder('sft', seed)}/result.json")["length"]
-            result["ktokens"] += reward.Config.prompts * reward.Config.responses * length / 1000
+        result["ktokens"] += ktokens_before(name, seed)
     write_json(f"{out}/result.json", result | read_json(f"{out}/seconds.json"))
+
+
+def ktokens_before(name, seed):
+    """Thousands of tokens that were sampled before training: the compared responses, or those of
+    expert iteration."""
+    _, *flags = RUNS[name].split()
+    if "reward_{seed}" in RUNS[name]:
+        n = reward.Config.prompts * reward.Config.responses
+    elif "expert" in flags:
+        n = 8 * int(flags[flags.index("--prompts") + 1]) if "--prompts" in flags else 12_800
+    else:
+        return 0.0
+    sampler = read_json(f"{initial(name, seed)}/result.json")
+    return sampler["ktokens"] + n * sampler["length"] / 1000    # with those of earlier rounds
 
 
 def measure_reward_model(out):
@@ -195,16 +272,19 @@ def measure_reward_model(out):
     return metrics
 
 
-def measure_policy(out, sft_out, seed):
-    """Accuracy, KL to the SFT model, length and shown working of a policy on the test prompts. Each
-    seed has random numbers of its own, so that the interval over seeds is that of new samples."""
+def measure_policy(out, init, seed):
+    """Accuracy, KL to the model that it began as, loss on the held-out demonstrations, length and
+    shown working of a policy on the test prompts. Each seed has random numbers of its own, so that
+    the interval over seeds is that of new samples."""
     model, tokenizer = load(out)
-    sft, _ = load(sft_out)
+    reference, _ = load(init)
+    demonstrations = [tokenize_demonstration(row, tokenizer) for row in sft.demonstrations(0)[2]]
     rows = []
     for row in running_sums(1_000, "test"):
         rows.append(row | {"ids": encode_prompt(tokenizer, row)})
     cfg = grpo.Config(seed=seed)
-    result, texts = evaluate(model, tokenizer, rows, score, cfg, 8, reference=sft)
+    result, texts = evaluate(model, tokenizer, rows, score, cfg, 8, reference=reference,
+                             retained=demonstrations)
     right = torch.tensor([one_if_right(row, text) for row, text in zip(rows, texts)])
     # hasty guesses are multiples of five
     in_fives = torch.tensor([int(row["_two_digits"]) % 5 == 0 for row in rows])
@@ -402,7 +482,7 @@ def draw_dpo(seeds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
-    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
+    parser.add_argument("--tables", nargs="+", default=MAIN_TABLES, choices=list(TABLES))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread if > 1")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

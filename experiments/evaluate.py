@@ -21,11 +21,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from common import InputError, load  # noqa: E402
 from common.data import filter_rows, read_rows, tokenize_demonstration  # noqa: E402
-from common.evaluate import half_interval, repeated_uniform  # noqa: E402
+from common.evaluate import half_interval, mean_nll, repeated_uniform  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
 from common.train import eval_batch_size  # noqa: E402
 from common.verifier import answer_number, gold_number  # noqa: E402
-from sft import Config, evaluate_loss  # noqa: E402
 
 READINGS = ("rule", "last", "strict")
 
@@ -70,7 +69,7 @@ def response_loss(policy, tokenizer, path, n=200):
     """Nats per response token on the first n demonstrations of a file."""
     rows = read_rows(path, "prompt", "response")[:n]
     rows = [tokenize_demonstration(row, tokenizer) for row in rows]
-    return evaluate_loss(policy, rows, Config())["loss"]
+    return mean_nll(policy, rows)
 
 
 def main(cfg):

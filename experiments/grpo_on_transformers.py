@@ -62,9 +62,10 @@ def kl_k3(logp, ref_logp):
     return torch.expm1(log_ratio) - log_ratio
 
 
-def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
-    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,); n:
-    responses in the whole optimiser batch, None if this is all of it.
+def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None):
+    """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,), or
+    (B, T) by token; n: responses in the whole optimiser batch, None if this is all of it.
+    sampler_logp (B, T): if given, its difference from old_logp is measured.
     Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
@@ -73,7 +74,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
     if n is None:
         n = (length > 0).sum().clamp(min=1)
     ratio = (logp - old_logp).clamp(max=20).exp()                         # (B, T)  r_it, 1 at first
-    adv = adv[:, None]                                                    # (B, 1)  Â_i
+    adv = adv.view(len(adv), -1)                                          # (B, 1)  Â_i, or Â_it
     surrogate = torch.min(ratio * adv, ratio.clamp(1 - clip_eps, 1 + clip_eps) * adv)
     kl = kl_k3(logp, ref_logp)                                            # (B, T)  D_it
     per_token = (surrogate - kl_beta * kl) * mask
@@ -84,6 +85,9 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None):
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
+        if sampler_logp is not None:                                      # one model: about 0
+            error = (old_logp - sampler_logp).abs() * mask
+            stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats
 
 

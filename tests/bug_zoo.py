@@ -280,7 +280,7 @@ BUGS = [Bug(*entry) for entry in [
      "Log-probs are averaged over tokens: it is no longer the likelihood of the response, and β "
      "means another thing.",
      "jingyaogong/minimind #298",
-     "found.append(logp.sum(1).view(-1, 2).cpu())",
+     "found.append(sequence_logp(logp.cpu(), mask).view(-1, 2))",
      "found.append((logp.sum(1) / mask.sum(1)).view(-1, 2).cpu())",
      "test_dpo.py::test_log_probs_are_sums_over_response_and_end_token_in_any_batch"),
 

@@ -34,13 +34,17 @@ def ragged(seed=0):
     return logp, old, ref, mask, torch.randn(B).double()
 
 
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
 def clipped(ratio, adv, low, high):
     return adv > 0 and ratio > 1 + high or adv < 0 and ratio < 1 - low
 
 
 def slopes(loss, logp):
     """d(-loss)/d logp, whose rows the table has."""
-    return -grad(loss, logp)[0]
+    return -grad(loss, logp, retain_graph=True)[0]
 
 
 def expected(coefficient, mask):
@@ -70,9 +74,21 @@ def rows(seed=0):
         moved = x[i, t].exp() - old[i, t].exp()
         return A[i] > 0 and moved > DELTA or A[i] < 0 and moved < -DELTA
 
-    longest = variants.LONGEST
+    longest = 24                                               # max_new_tokens
+    sampler = old + 0.5 * torch.randn(B, T)
+    w = (old - sampler).exp()
+    kept = torch.tensor([1., 0, 1, 1, 0, 1]).double()          # right responses
     return {
         "SFT": (sft_loss(logp, mask)[0], lambda i, t: 1 / tokens),
+        "Expert iteration": (sft_loss(logp, mask * kept[:, None])[0],
+                             lambda i, t: kept[i] / sum(k * n for k, n in zip(kept, length))),
+        "Distillation": (variants.distillation_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+                         lambda i, t: surrogate(i, t, (ref - old)[i, t], LOW, LOW) / longest / B),
+        "TIS": (variants.tis_loss(logp, old, ref, adv, mask, LOW, 0.0, None, sampler)[0],
+                lambda i, t: min(w[i, t], 2.0) * surrogate(i, t, A[i], LOW, LOW) / length[i] / B),
+        "MIS": (variants.mis_loss(logp, old, ref, adv, mask, LOW, 0.0, None, sampler)[0],
+                lambda i, t: (w[i, t] if 0.5 <= w[i, t] <= 2 else 0.0)
+                * surrogate(i, t, A[i], LOW, LOW) / length[i] / B),
         "PPO": (ppo_loss(logp, old, per_token_adv, mask, LOW)[0],
                 lambda i, t: surrogate(i, t, per_token_adv[i, t], LOW, LOW) / tokens),
         "GRPO": (grpo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
@@ -114,10 +130,10 @@ def test_the_random_batches_reach_every_case_of_the_clips():
     assert min(cut.values()) > 2
 
 
-@pytest.mark.parametrize("name, loss_function, slope", [
-    ("DPO", dpo_loss, lambda h: BETA / (1 + math.exp(BETA * h))),
-    ("IPO", variants.ipo_loss, lambda h: 2 * (1 / (2 * BETA) - h))])
-def test_a_pair_pulls_its_two_responses_apart_by_one_coefficient(name, loss_function, slope):
+@pytest.mark.parametrize("loss_function, slope", [
+    (dpo_loss, lambda h: BETA * sigmoid(-BETA * h)),
+    (variants.ipo_loss, lambda h: 2 * (1 / (2 * BETA) - h))])
+def test_a_pair_pulls_its_two_responses_apart_by_one_coefficient(loss_function, slope):
     """Of all tokens of the chosen response, and of the rejected one with the other sign."""
     logp, _, ref, mask, _ = ragged()
     total, ref_total = (logp * mask).sum(1), (ref * mask).sum(1)
@@ -127,6 +143,47 @@ def test_a_pair_pulls_its_two_responses_apart_by_one_coefficient(name, loss_func
     sign = (1, -1)
     wanted = expected(lambda i, t: sign[i % 2] * slope(h[i // 2].item()) / (B // 2), mask)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_kto_pulls_every_response_by_a_coefficient_of_its_own():
+    """± β v (1 - v), v by the distance of h from z0: those that are far from it move least."""
+    logp, _, ref, mask, _ = ragged()
+    z0 = 0.3
+    total, ref_total = (logp * mask).sum(1), (ref * mask).sum(1)
+    h = (total - ref_total).tolist()
+    loss, _ = variants.kto_loss(total[0::2], total[1::2], ref_total[0::2], ref_total[1::2], BETA, z0)
+
+    def coefficient(i, t):
+        sign = (1, -1)[i % 2]
+        v = sigmoid(sign * BETA * (h[i] - z0))
+        return sign * BETA * v * (1 - v) / B
+
+    torch.testing.assert_close(slopes(loss, logp), expected(coefficient, mask), rtol=0, atol=1e-12)
+
+
+def test_simpo_and_orpo_divide_by_the_length_of_each_response():
+    logp, _, ref, mask, _ = ragged()
+    length = mask.sum(1).tolist()
+    mean = variants.mean_logp(logp, mask)                      # (B,)
+    m = mean.tolist()
+    none = torch.zeros(B // 2).double()
+    sign = (1, -1)
+    simpo, _ = variants.simpo_loss(mean[0::2], mean[1::2], none, none, 2.0, gamma_ratio=0.6)
+    orpo, _ = variants.orpo_loss(mean[0::2], mean[1::2], none, none, 0.4)
+
+    def of_simpo(i, t):
+        margin = 2.0 * (m[i // 2 * 2] - m[i // 2 * 2 + 1]) - 1.2
+        return sign[i % 2] * 2.0 * sigmoid(-margin) / length[i] / (B // 2)
+
+    def of_orpo(i, t):
+        p_w, p_l = math.exp(m[i // 2 * 2]), math.exp(m[i // 2 * 2 + 1])
+        odds_ratio = p_w / (1 - p_w) / (p_l / (1 - p_l))
+        pull = 0.4 / (1 + odds_ratio) / (1 - math.exp(m[i]))
+        return (sign[i % 2] * pull + (i % 2 == 0)) / length[i] / (B // 2)
+
+    found = slopes(simpo, logp)
+    torch.testing.assert_close(found, expected(of_simpo, mask), rtol=0, atol=1e-12)
+    torch.testing.assert_close(slopes(orpo, logp), expected(of_orpo, mask), rtol=0, atol=1e-12)
 
 
 def test_at_one_update_a_rollout_grpo_cispo_dapo_and_reinforce_have_one_gradient():
@@ -150,4 +207,5 @@ def test_every_row_of_the_table_in_the_documentation_is_tested():
     with open(os.path.join(ROOT, "docs/algorithms.md"), encoding="utf-8") as f:
         section = f.read().split("## One gradient, many coefficients")[1].split("\n## ")[0]
     named = re.findall(r"^\| ([A-Z][^|]*?) \|", section, re.M)
-    assert sorted(named) == sorted([*rows()[0], "DPO", "IPO"])
+    tested = [*rows()[0], "DPO", "IPO", "KTO", "SimPO", "ORPO"]
+    assert sorted(named) == sorted(tested)

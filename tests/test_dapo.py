@@ -302,9 +302,9 @@ def test_sampling_stops_at_the_bound_and_a_batch_that_is_not_full_is_smaller(
     selected.clear()
     denominators = []
 
-    def recorded_loss(logp, old, adv, mask, low, high, n):
+    def recorded_loss(logp, old, adv, mask, low, high, n, sampler_logp):
         denominators.append(n)
-        return dapo_loss(logp, old, adv, mask, low, high, n)
+        return dapo_loss(logp, old, adv, mask, low, high, n, sampler_logp)
 
     monkeypatch.setattr(dapo, "dapo_loss", recorded_loss)
     logged = train(tmp_path, "once", monkeypatch, max_generations=1, minibatch=24)
@@ -346,9 +346,10 @@ def test_without_its_four_changes_it_trains_as_token_mean_grpo_without_a_kl_pena
     whole = dict(micro_batch_tokens=10 ** 6, steps=5, epochs=3, temperature=0.8)
     unchanged = dict(clip_high=0.2, max_generations=0, overlong_cache=0)
 
-    def token_mean_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n):
-        adv = adv * mask.sum(1)
-        return grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=mask.sum())
+    def token_mean_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n, sampler_logp):
+        adv = adv * mask.sum(1, keepdim=True)
+        return grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, mask.sum(),
+                         sampler_logp)
 
     def weights(out):
         return load(str(tmp_path / out))[0].parameters()

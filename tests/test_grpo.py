@@ -427,10 +427,11 @@ def test_what_the_update_gets_is_what_was_sampled_and_earned(tmp_path, monkeypat
         forwards.append((tokens, entropy))
         return logp, entropy
 
-    def recorded_loss(logp, old, ref, adv, mask, clip_eps, kl_beta, n):
+    def recorded_loss(logp, old, ref, adv, mask, clip_eps, kl_beta, n, sampler_logp):
         tokens, entropy = forwards[-1]
         calls.append((tokens, entropy, logp.detach(), old, ref, adv, mask, n))
-        return loss(logp, old, ref, adv, mask, clip_eps, kl_beta, n)
+        torch.testing.assert_close(sampler_logp * mask, old * mask, rtol=0, atol=1e-5)
+        return loss(logp, old, ref, adv, mask, clip_eps, kl_beta, n, sampler_logp)
 
     monkeypatch.setattr(grpo, "score", lambda row, text: rule(row["prompt"], text))
     monkeypatch.setattr(GPT, "token_logp", recorded_token_logp)

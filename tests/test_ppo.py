@@ -541,7 +541,7 @@ def test_what_the_update_gets_is_what_was_sampled_scored_and_valued(tmp_path, mo
         return compute_reward(*args)
 
     def recorded(loss):
-        def record(new, old, x, mask, clip_eps, n):            # x: adv or ret
+        def record(new, old, x, mask, clip_eps, n, *more):     # x: adv or ret
             gap = ((new - old).detach() * mask).abs().max().item()
             first_gaps.setdefault((loss.__name__, len(rollouts)), gap)
             for i, ids in enumerate(forwards[-1]):
@@ -549,7 +549,7 @@ def test_what_the_update_gets_is_what_was_sampled_scored_and_valued(tmp_path, mo
                 key = loss.__name__, tuple(ids[:columns[-1] + 1].tolist())
                 call = n, old[i, columns].tolist(), x[i, columns].tolist()
                 rollouts[-1][2].setdefault(key, []).append(call)
-            return loss(new, old, x, mask, clip_eps, n)
+            return loss(new, old, x, mask, clip_eps, n, *more)
         return record
 
     monkeypatch.setattr(GPT, "token_logp", recorded_token_logp)

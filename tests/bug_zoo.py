@@ -179,8 +179,8 @@ BUGS = [Bug(*entry) for entry in [
     ("entropy_divided_twice", "grpo.py",
      "An entropy that is a mean over tokens already is divided by their number again.",
      "nano-aha-moment compute_pg_loss",
-     '"entropy": entropy.sum() / len(index)',
-     '"entropy": entropy.sum() / len(index) ** 2',
+     'loss_stats["entropy"] = entropy.sum() / len(index)',
+     'loss_stats["entropy"] = entropy.sum() / len(index) ** 2',
      "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
 
     ("last_piece_logged", "common/evaluate.py",
@@ -674,6 +674,129 @@ BUGS = [Bug(*entry) for entry in [
      "c = blocks.sum(-1, dtype=u.dtype).cumsum(-1)",
      "c = blocks.sum(-1).cumsum(-1).to(u.dtype)",
      "test_model.py::test_every_token_of_a_large_vocabulary_can_be_drawn"),
+
+
+    # two forwards that should be one distribution
+
+    ("autocast_around_one", "grpo.py",
+     "Old log-probs are computed without autocast, new ones with it: the ratio is not 1 at the "
+     "first step.",
+     "PaddlePaddle/PaddleNLP #10596",
+     "old_logp = compute_logp(policy, tokens, mask_cpu, cfg.temperature, micro_tokens)",
+     "old_logp = policy.token_logp(tokens, mask, cfg.temperature)[0].detach()",
+     "test_grpo.py::test_in_bf16_too_the_first_step_has_ratio_1"),
+
+    ("final_norm_twice", "model.py",
+     "The critic normalises hidden states that the trunk has normalised already. With a trained "
+     "scale that is not idempotent.",
+     "jingyaogong/minimind #608",
+     "hidden = self.trunk(tokens).to(self.head.weight.dtype)",
+     "hidden = self.trunk.norm(self.trunk(tokens)).to(self.head.weight.dtype)",
+     "test_model.py::test_a_score_is_the_value_of_the_longer_prefix_whatever_the_padding"),
+
+    ("responses_tokenised_again", "grpo.py",
+     "The text of a response is tokenised again and other tokens are trained than were sampled.",
+     "entrius/gittensor #1709; why trl and verl pass token ids through",
+     "mask_cpu = mask.cpu()  ",
+     "tokens = torch.tensor([[(tokenizer.encode(tokenizer.decode([t])) or [t])[-1] for t in row] "
+     "for row in tokens.tolist()]); mask_cpu = mask.cpu()  ",
+     "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
+
+    ("kl_logged_with_its_sign_turned", "grpo.py",
+     "The log's KL is the mean of log π_ref/π: it falls below 0 as the policy leaves.",
+     "qiancheng0/ToolRL #52, where it was the loss",
+     "(old - ref_logp[rows, :width]).sum()",
+     "(ref_logp[rows, :width] - old).sum()",
+     "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
+
+    ("k3_upside_down", "grpo.py",
+     "k3 of π/π_ref instead of π_ref/π: its mean over samples of π is no KL.",
+     "walkinglabs/hands-on-modern-rl #27",
+     "log_ratio = (ref_logp - logp).clamp(max=20)",
+     "log_ratio = (logp - ref_logp).clamp(max=20)",
+     "test_grpo.py::test_k3_is_the_kl_in_value_and_the_other_kl_in_gradient"),
+
+    ("whitened_by_piece", "ppo.py",
+     "Advantages are whitened in each micro-batch: their size changes the gradient.",
+     "THUDM/slime #2235 and radixark/miles #3229, by context-parallel rank",
+     "logp, old, adv[rows, :width], chosen, cfg.clip_eps, n,",
+     "logp, old, whiten(adv[rows, :width], chosen), chosen, cfg.clip_eps, n,",
+     "test_ppo.py::test_what_the_update_gets_is_what_was_sampled_scored_and_valued"),
+
+
+    # the variants
+
+    ("sum_of_exponentials", "experiments/variants.py",
+     "GSPO's ratio is the mean of the tokens' ratios, not the exponential of their mean logarithm.",
+     "a slip; walkinglabs/hands-on-modern-rl #75 has the product for each token instead",
+     "total = torch.where(mask > 0, x, 0.0).sum(1, keepdim=True)        # (B, 1)",
+     "total = torch.where(mask > 0, x.exp(), 0.0).sum(1, keepdim=True).log()",
+     "test_variants.py::test_losses_are_their_formulas_by_plain_loops"),
+
+    ("cap_without_its_one", "experiments/variants.py",
+     "CISPO's cap is read as ε_high where it is 1 + ε_high: with .28 every weight is .28.",
+     "NovaSky-AI/SkyRL #1928, the other way round",
+     ".clamp(max=1 + clip_high)",
+     ".clamp(max=clip_high)",
+     "test_coefficients.py::test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table"),
+
+    ("weight_upside_down", "experiments/variants.py",
+     "The weight is sampler over scorer: the bias is doubled, not removed.",
+     "a slip",
+     "torch.where(mask > 0, old_logp - sampler_logp, 0.0)",
+     "torch.where(mask > 0, sampler_logp - old_logp, 0.0)",
+     "test_family.py::"
+     "test_importance_weights_restore_the_expected_gradient_of_one_token_responses"),
+
+    ("student_in_the_graph", "experiments/variants.py",
+     "The distillation's advantage keeps the student's gradient: a second term, whose mean is 0 "
+     "only where the two policies are equal.",
+     "meta-pytorch/torchforge #527",
+     "adv = torch.where(mask > 0, ref_logp - old_logp, 0.0)",
+     "adv = torch.where(mask > 0, ref_logp - logp, 0.0)",
+     "test_coefficients.py::test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table"),
+
+    ("teacher_upside_down", "experiments/variants.py",
+     "The log-ratio of student and teacher is turned: the student flees its teacher.",
+     "modelscope/twinkle #112, forward and reverse KL exchanged",
+     "adv = torch.where(mask > 0, ref_logp - old_logp, 0.0)",
+     "adv = torch.where(mask > 0, old_logp - ref_logp, 0.0)",
+     "test_family.py::test_distillation_follows_the_reverse_kl_of_every_visited_state"),
+
+    ("roll_that_moves_nothing", "experiments/variants.py",
+     "KTO's z0 comes from pairs that still match: it is the batch's own log-ratio.",
+     "rlhf-book; in the middle of an odd batch huggingface/trl #1911",
+     "if other != prompt and len(prompt + response) <= block_size:",
+     "if len(prompt + response) <= block_size:",
+     "test_family.py::test_a_mismatched_pair_has_the_response_of_another_prompt"),
+
+    ("mean_over_pads", "experiments/variants.py",
+     "SimPO divides by the padded width: long batches make every response less likely.",
+     "hkust-zhiyao/RTL-Coder #9",
+     "torch.where(mask > 0, logp, 0.0).sum(1) / mask.sum(1).clamp(min=1)",
+     "torch.where(mask > 0, logp, 0.0).sum(1) / mask.size(1)",
+     "test_family.py::test_mean_log_probs_are_of_the_tokens_in_the_mask"),
+
+    ("odds_cancel", "experiments/variants.py",
+     "log(1 - P) of a nearly certain response loses its digits, then its value.",
+     "huggingface/trl #3237; hpcaitech/ColossalAI #6407 adds 1e-4 instead",
+     "(-torch.expm1(logp)).log()",
+     "torch.log1p(-logp.exp())",
+     "test_family.py::test_log_odds_are_exact_where_a_response_is_nearly_certain"),
+
+    ("steps_summed_from_the_start", "experiments/variants.py",
+     "A token earns the steps that ended before it, not those that it leads to.",
+     "a slip",
+     "normalised.flip(1).cumsum(1).flip(1)",
+     "normalised.cumsum(1)",
+     "test_family.py::test_process_supervision_by_plain_loops"),
+
+    ("best_of_with_replacement", "experiments/best_of_n.py",
+     "The best of n is drawn from the samples with replacement: too low where n nears their number.",
+     "verl-project/verl #7240",
+     "math.comb(k, n - 1) / math.comb(N, n)",
+     "((k + 1) / N) ** n - (k / N) ** n",
+     "test_family.py::test_best_of_n_is_the_mean_over_all_subsets"),
 ]]
 
 

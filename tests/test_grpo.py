@@ -16,7 +16,7 @@ from common.tokenizer import make_tokenizer
 from common.evaluate import rollout_stats
 from common.optimizers import Optimizers
 from common.train import compute_reward, micro_batches
-from conftest import PROMPTS, gradients, naive_logp, script, tiny
+from conftest import PROMPTS, bf16_devices, gradients, naive_logp, script, tiny
 from grpo import group_advantage, grpo_loss, kl_k3
 from model import GPT, GPTConfig
 
@@ -543,3 +543,22 @@ def test_the_trace_of_one_token_runs_on_any_checkpoint(tmp_path):
     done = script("experiments/trace_one_token.py", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "prompt" in done.stdout and "logit" in done.stdout
+
+
+def test_in_bf16_too_the_first_step_has_ratio_1(adder, tmp_path, monkeypatch):
+    """Old and new log-probs come from the same autocast: with one of them in float32 the ratio would
+    differ from 1 by bf16's rounding, and the clip would act on noise."""
+    bf16_devices(monkeypatch, {"cpu"})
+    gaps = []
+
+    def recorded_loss(logp, old, ref, adv, mask, *more):
+        gaps.append(((logp - old) * mask).abs().max().item())
+        return grpo_loss(logp, old, ref, adv, mask, *more)
+
+    monkeypatch.setattr(grpo, "grpo_loss", recorded_loss)
+    monkeypatch.setattr(grpo.Run, "plot", lambda *names: None)
+    grpo.train(grpo.Config(
+        init=str(adder / "out/sft"), data=str(adder / "rows.jsonl"), out=str(tmp_path / "out"),
+        prompts=8, group_size=4, minibatch=16, steps=1, max_new_tokens=6, lr=1e-2, warmup=0,
+        micro_batch_tokens=10 ** 6, eval_prompts=8, early_stopping=False))
+    assert gaps[0] < 1e-6 < 1e-3 < gaps[-1]

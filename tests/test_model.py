@@ -652,6 +652,9 @@ def test_a_score_is_the_value_of_the_longer_prefix_whatever_the_padding(family):
         row[start:end] = 1
     score = model.score(tokens, mask)
     value = model.value(torch.cat([tokens, tokens[:, :1]], 1))
+    hidden = model.trunk(tokens)                               # after the last norm, once
+    by_hand = (hidden * model.head.weight[0]).sum(-1) + model.head.bias
+    torch.testing.assert_close(model.value(tokens)[:, 1:], by_hand[:, :-1], rtol=0, atol=1e-10)
     for i, end in enumerate(ends):
         trimmed = model.score(tokens[i:i + 1, :end], mask[i:i + 1, :end])
         assert math.isclose(score[i], value[i, end], abs_tol=1e-10)

@@ -1,7 +1,7 @@
 """
-Best-of-n: sample n responses to a prompt and keep the one with the highest score. It trains nothing,
-and is what every algorithm here has to beat (Stiennon et al. 2020, arXiv 2009.01325; Gao et al.
-2022, arXiv 2210.10760, §2.2).
+Best-of-n: sample n responses to a prompt and keep the one with the highest score. It trains
+nothing, and is what every algorithm here has to beat (Stiennon et al. 2020, arXiv 2009.01325; Gao
+et al. 2022, arXiv 2210.10760).
 
     python experiments/best_of_n.py out/sft                             by out/reward
     python experiments/best_of_n.py out/smollm2 --data test.jsonl --reward out/smollm2_reward
@@ -31,9 +31,9 @@ from common.verifier import checked_score, is_right  # noqa: E402
 
 
 def mean_best_of(n, score, value):
-    """The value of the response with the highest score, a mean over all subsets of n of the N samples.
-    score, value (P, N) -> (P,). The k-th lowest score is the highest of C(k-1, n-1) of the C(N, n)
-    subsets; samples with one score share their mean value."""
+    """The value of the response with the highest score, a mean over all subsets of n of the N
+    samples. score, value (P, N) -> (P,). The k-th lowest score is the highest of C(k-1, n-1) of the
+    C(N, n) subsets; samples with one score share their mean value."""
     N = score.size(1)
     weight = torch.tensor([math.comb(k, n - 1) / math.comb(N, n) for k in range(N)],
                           dtype=torch.float64)
@@ -49,8 +49,8 @@ def kl_of_best_of(n):
 
 @torch.no_grad()
 def sample_and_score(policy, tokenizer, reward_model, rows, samples, max_new_tokens, seed):
-    """`samples` responses at temperature 1 to each row with "ids" -> scores by the reward model, and 1
-    for right ones, (P, N) each. A truncated response has the lowest score of all and is wrong."""
+    """`samples` responses at temperature 1 to each row with "ids" -> scores by the reward model,
+    and 1 for right ones, (P, N) each. A truncated response has the lowest score and is wrong."""
     uniform = repeated_uniform(len(rows) * samples, max_new_tokens, seed)
     longest = max(len(row["ids"]) for row in rows) + max_new_tokens
     size = eval_batch_size(policy, longest, samples)            # prompts at a time
@@ -109,7 +109,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("model", help="checkpoint or Hugging Face folder that is sampled from")
     parser.add_argument("--reward", default="out/reward", help="reward model")
-    parser.add_argument("--data", default="", help="JSON lines with answers; default: built-in ones")
+    parser.add_argument("--data", default="", help="JSON lines with answers; default: built-in")
     parser.add_argument("--samples", type=int, default=16, help="of each prompt, N")
     parser.add_argument("--max_new_tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)

@@ -102,8 +102,8 @@ RUNS = {
     # what is forgotten, and what prevents it
     "grpo_kl_10": "grpo.py --kl_beta 0.1",
     "grpo_kl_50": "grpo.py --kl_beta 0.5",
-    "replay": f"{VARIANT} replay",
-    "replay_kl_0": f"{VARIANT} replay --kl_beta 0",
+    "replay": f"{VARIANT} replay --kl_beta 0",
+    "replay_10": f"{VARIANT} replay --kl_beta 0 --sft_coef 0.1",
     "dpo_sft_1": f"dpo.py --sft_coef 1 {PAIRS}",
     "dpo_sft_10": f"dpo.py --sft_coef 10 {PAIRS}",
 }
@@ -130,7 +130,7 @@ TABLES = {
     "distill": ["grpo", "distill", "sft_half", "grpo_half", "distill_half"],
     "expert": ["grpo", "expert_control", "expert", "round_1", "round_2", "round_3"],
     "retained": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo", "grpo_free", "grpo_kl_10",
-                 "grpo_kl_50", "replay", "replay_kl_0", "dpo_plain", "dpo_sft_1", "dpo_sft_10"],
+                 "grpo_kl_50", "replay_10", "replay", "dpo_plain", "dpo_sft_1", "dpo_sft_10"],
 }
 MAIN_TABLES = ["algorithms", "lambda", "dapo", "dpo", "chain", "fresh", "ablations"]
 COLUMNS = ["greedy", "accuracy", "pass@8", "kl_seq", "retained_loss", "length", "length_wrong",
@@ -213,8 +213,8 @@ def run(name, seed, env):
 
 
 def run_all(names, seeds, jobs):
-    """{name: [the result of each seed]} of these runs, and of the SFT models, reward models and GRPO
-    runs that they may start from."""
+    """{name: [the result of each seed]} of these runs, the SFT models and the reward models. What
+    a run needs must be among them."""
     env = {} if jobs == 1 else {"OMP_NUM_THREADS": "1"}
     names = list(dict.fromkeys(["sft", "reward", *names]))
     waves = {}                                                  # each needs those before it
@@ -479,6 +479,37 @@ def draw_dpo(seeds):
     draw("assets/dpo.png", seeds, panels)
 
 
+# a line each: runs in which one thing grows, and what that is
+RETAINED = {
+    "GRPO, β = 0, .02, .1, .5": ["grpo_free", "grpo", "grpo_kl_10", "grpo_kl_50"],
+    "GRPO with replay, weight .1, 1": ["replay_10", "replay"],
+    "DPO, SFT term 0, 1, 3, 10": ["dpo_plain", "dpo_sft_1", "dpo", "dpo_sft_10"],
+    "PPO": ["ppo"],
+    "PPO by the rule": ["ppo_rule"],
+    "DAPO": ["dapo"],
+    "SFT": ["sft"],
+}
+
+
+def draw_retained(results):
+    """assets/retained.png: loss on the demonstrations against accuracy, a mean over seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for label, names in RETAINED.items():
+        xs, ys = [], []
+        for name in names:
+            xs.append(sum(result["accuracy"] for result in results[name]) / len(results[name]))
+            ys.append(sum(result["retained_loss"] for result in results[name]) / len(results[name]))
+        axis.plot(xs, ys, marker="o", label=label)
+    axis.set(xlabel="accuracy at T = 1, test prompts", yscale="log",
+             ylabel="nats per token on the demonstrations")
+    axis.legend(fontsize=8)
+    os.makedirs("assets", exist_ok=True)
+    figure.savefig("assets/retained.png", dpi=120)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
@@ -503,6 +534,8 @@ def main():
         draw_algorithms(seeds)
     if "dpo" in args.tables:
         draw_dpo(seeds)
+    if "retained" in args.tables:
+        draw_retained(results)
 
 
 if __name__ == "__main__":

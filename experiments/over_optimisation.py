@@ -14,6 +14,9 @@ PPO optimises reward models; the rule, which none of them sees, is the gold scor
               default KL penalty
     short     the same with a penalty per token of that size
 
+Beside PPO stands best-of-n of the SFT model, n = 1 to 64, by the weak and by the accurate reward
+model (best_of_n.py): the same pressure without a policy that learns.
+
 Everything is measured on validation prompts, one response each at temperature 1: score, accuracy,
 length, and the KL to the SFT model in nats per response. Early stopping is off. Runs that are
 already in out/over_optimisation are not repeated; SFT and reward models are shared with compare.py.
@@ -22,7 +25,11 @@ import argparse
 import math
 import os
 
-from compare import interval, read_log, train
+import best_of_n
+import grpo
+from common import load
+from common.data import running_sums
+from compare import interval, read_json, read_log, train, write_json
 
 # reward model: flags of reward.py
 REWARD_MODELS = {
@@ -40,6 +47,7 @@ RUNS = {
     "long, β = .3": ("long", "0.3", "tab:purple"),
     "short, β = .3": ("short", "0.3", "tab:brown"),
 }
+BEST_OF_N = {"weak": "tab:pink", "accurate": "tab:olive"}           # reward model, colour
 AGAINST_KL = ("weak, β = 0", "weak, β = .3", "accurate, β = 0")     # the others: length by rollout
 
 
@@ -48,8 +56,22 @@ def read_evaluations(folder, metric):
     return [row for row in read_log(folder) if metric in row]
 
 
+def best_of_n_curve(sft, reward_folder, path):
+    """The rows of best_of_n.curve on the validation prompts; kept in a file."""
+    if not os.path.exists(path):
+        policy, tokenizer = load(sft)
+        reward_model, _ = load(reward_folder)
+        rows = best_of_n.tokenize_prompts(running_sums(500, "val"), tokenizer,
+                                          grpo.Config.max_new_tokens, policy.cfg.block_size)
+        score, right = best_of_n.sample_and_score(policy, tokenizer, reward_model, rows, 64,
+                                                  grpo.Config.max_new_tokens, 0)
+        write_json(path, best_of_n.curve(score, right))
+    return read_json(path)
+
+
 def run_seed(seed):
-    """Train all of one seed -> {reward model: its last evaluation}, {run: its evaluations}."""
+    """Train all of one seed -> {reward model: its last evaluation}, {run: its evaluations},
+    {reward model: its best-of-n curve}."""
     sft = f"out/compare/sft_{seed}"
     common = ["--seed", str(seed), "--init", sft]
     train("sft.py", sft, "--seed", str(seed))
@@ -67,7 +89,11 @@ def run_seed(seed):
         train("ppo.py", folder, *common, "--reward", reward_folder[reward_model], "--kl_beta", beta,
               "--eval_every", "2", "--early_stopping", "false")
         runs[name] = read_evaluations(folder, "val_accuracy")
-    return quality, runs
+    curves = {}
+    for name in BEST_OF_N:
+        path = f"out/over_optimisation/best_of_n_{name}_{seed}.json"
+        curves[name] = best_of_n_curve(sft, reward_folder[name], path)
+    return quality, runs, curves
 
 
 def column(rows, metric):
@@ -93,8 +119,17 @@ def print_run(name, seeds):
         print_intervals(f"{name:16} {moment:5}", rows, "score", "accuracy", "kl_seq", "length")
 
 
-def draw(seeds, path):
-    """Proxy and gold against sqrt(KL); length against rollouts. seeds: the runs of each."""
+def print_best_of_n(name, seeds):
+    """A line for each n, over seeds."""
+    for rows in zip(*(curves[name] for curves in seeds)):
+        cells = [f"{metric} {interval([row[metric] for row in rows])}"
+                 for metric in ("score", "accuracy", "by the rule")]
+        print(f"best of {rows[0]['n']:2}, {name}: KL {rows[0]['kl']:.2f} | " + " | ".join(cells))
+
+
+def draw(seeds, best, path):
+    """Proxy and gold against sqrt(KL); length against rollouts. seeds: the runs of each; best: its
+    best-of-n curves."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -111,6 +146,14 @@ def draw(seeds, path):
                 gold.plot(distance, column(rows, "accuracy"), **style)
             else:
                 length.plot([row["step"] for row in rows], column(rows, "length"), **style)
+        for name, rows in best[i].items():
+            style = {"color": BEST_OF_N[name], "lw": 1, "ls": "--",
+                     "label": None if i else f"best of n, {name}"}
+            distance = [math.sqrt(row["kl"]) for row in rows]
+            score = column(runs[f"{name}, β = 0"], "score")     # in the unit of PPO's curve
+            rise = max(score) - score[0] or 1.0
+            proxy.plot(distance, [(row["score"] - score[0]) / rise for row in rows], **style)
+            gold.plot(distance, [row["accuracy"] for row in rows], **style)
     proxy.set_title("proxy: score, 0 at the start and 1 at its highest", fontsize=10)
     gold.set_title("gold: accuracy", fontsize=10)
     length.set_title("response length, tokens", fontsize=10)
@@ -127,18 +170,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     args = parser.parse_args()
-    qualities, seeds = [], []
+    qualities, seeds, best = [], [], []
     for seed in range(args.seeds):
-        quality, runs = run_seed(seed)
+        quality, runs, curves = run_seed(seed)
         qualities.append(quality)
         seeds.append(runs)
+        best.append(curves)
     for name in REWARD_MODELS:
         rows = [quality[name] for quality in qualities]
         print_intervals(f"reward model {name:8}", rows, "acc", "acc_vs_rule", "length_corr",
                         "acc_longer")
     for name in RUNS:
         print_run(name, seeds)
-    draw(seeds, "assets/over_optimisation.png")
+    for name in BEST_OF_N:
+        print_best_of_n(name, best)
+    draw(seeds, best, "assets/over_optimisation.png")
 
 
 if __name__ == "__main__":

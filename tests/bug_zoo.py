@@ -726,21 +726,21 @@ BUGS = [Bug(*entry) for entry in [
 
     # the variants
 
-    ("sum_of_exponentials", "experiments/variants.py",
+    ("sum_of_exponentials", "experiments/policy_variants.py",
      "GSPO's ratio is the mean of the tokens' ratios, not the exponential of their mean logarithm.",
      "a slip; walkinglabs/hands-on-modern-rl #75 has the product for each token instead",
      "total = torch.where(mask > 0, x, 0.0).sum(1, keepdim=True)        # (B, 1)",
      "total = torch.where(mask > 0, x.exp(), 0.0).sum(1, keepdim=True).log()",
      "test_variants.py::test_losses_are_their_formulas_by_plain_loops"),
 
-    ("cap_without_its_one", "experiments/variants.py",
+    ("cap_without_its_one", "experiments/policy_variants.py",
      "CISPO's cap is read as ε_high where it is 1 + ε_high: with .28 every weight is .28.",
      "NovaSky-AI/SkyRL #1928, the other way round",
      ".clamp(max=1 + clip_high)",
      ".clamp(max=clip_high)",
      "test_coefficients.py::test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table"),
 
-    ("weight_upside_down", "experiments/variants.py",
+    ("weight_upside_down", "experiments/policy_variants.py",
      "The weight is sampler over scorer: the bias is doubled, not removed.",
      "a slip",
      "torch.where(mask > 0, old_logp - sampler_logp, 0.0)",
@@ -748,7 +748,7 @@ BUGS = [Bug(*entry) for entry in [
      "test_family.py::"
      "test_importance_weights_restore_the_expected_gradient_of_one_token_responses"),
 
-    ("student_in_the_graph", "experiments/variants.py",
+    ("student_in_the_graph", "experiments/policy_variants.py",
      "The distillation's advantage keeps the student's gradient: a second term, whose mean is 0 "
      "only where the two policies are equal.",
      "meta-pytorch/torchforge #527",
@@ -756,35 +756,35 @@ BUGS = [Bug(*entry) for entry in [
      "adv = torch.where(mask > 0, ref_logp - logp, 0.0)",
      "test_coefficients.py::test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table"),
 
-    ("teacher_upside_down", "experiments/variants.py",
+    ("teacher_upside_down", "experiments/policy_variants.py",
      "The log-ratio of student and teacher is turned: the student flees its teacher.",
      "modelscope/twinkle #112, forward and reverse KL exchanged",
      "adv = torch.where(mask > 0, ref_logp - old_logp, 0.0)",
      "adv = torch.where(mask > 0, old_logp - ref_logp, 0.0)",
      "test_family.py::test_distillation_follows_the_reverse_kl_of_every_visited_state"),
 
-    ("roll_that_moves_nothing", "experiments/variants.py",
+    ("roll_that_moves_nothing", "experiments/preference_variants.py",
      "KTO's z0 comes from pairs that still match: it is the batch's own log-ratio.",
      "rlhf-book; in the middle of an odd batch huggingface/trl #1911",
      "if other != prompt and len(prompt + response) <= block_size:",
      "if len(prompt + response) <= block_size:",
      "test_family.py::test_a_mismatched_pair_has_the_response_of_another_prompt"),
 
-    ("mean_over_pads", "experiments/variants.py",
+    ("mean_over_pads", "experiments/preference_variants.py",
      "SimPO divides by the padded width: long batches make every response less likely.",
      "hkust-zhiyao/RTL-Coder #9",
      "torch.where(mask > 0, logp, 0.0).sum(1) / mask.sum(1).clamp(min=1)",
      "torch.where(mask > 0, logp, 0.0).sum(1) / mask.size(1)",
      "test_family.py::test_mean_log_probs_are_of_the_tokens_in_the_mask"),
 
-    ("odds_cancel", "experiments/variants.py",
+    ("odds_cancel", "experiments/preference_variants.py",
      "log(1 - P) of a nearly certain response loses its digits, then its value.",
      "huggingface/trl #3237; hpcaitech/ColossalAI #6407 adds 1e-4 instead",
      "(-torch.expm1(logp)).log()",
      "torch.log1p(-logp.exp())",
      "test_family.py::test_log_odds_are_exact_where_a_response_is_nearly_certain"),
 
-    ("steps_summed_from_the_start", "experiments/variants.py",
+    ("steps_summed_from_the_start", "experiments/policy_variants.py",
      "A token earns the steps that ended before it, not those that it leads to.",
      "a slip",
      "normalised.flip(1).cumsum(1).flip(1)",
@@ -792,7 +792,7 @@ BUGS = [Bug(*entry) for entry in [
      "test_family.py::test_process_supervision_by_plain_loops"),
 
     ("best_of_with_replacement", "experiments/best_of_n.py",
-     "The best of n is drawn from the samples with replacement: too low where n nears their number.",
+     "The best of n is drawn with replacement: too low where n nears the number of samples.",
      "verl-project/verl #7240",
      "math.comb(k, n - 1) / math.comb(N, n)",
      "((k + 1) / N) ** n - (k / N) ** n",

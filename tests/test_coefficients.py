@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.autograd import grad
 
-import variants
 from conftest import ROOT
 from dapo import dapo_loss
 from dpo import dpo_loss
 from grpo import grpo_loss
+from policy_variants import (cispo_loss, distillation_loss, dppo_loss, drgrpo_loss, gspo_loss,
+                             mis_loss, policy_gradient_loss, tis_loss)
 from ppo import ppo_loss
+from preference_variants import ipo_loss, kto_loss, mean_logp, orpo_loss, simpo_loss
 from sft import sft_loss
 
 B, T = 6, 7
@@ -82,11 +84,11 @@ def rows(seed=0):
         "SFT": (sft_loss(logp, mask)[0], lambda i, t: 1 / tokens),
         "Expert iteration": (sft_loss(logp, mask * kept[:, None])[0],
                              lambda i, t: kept[i] / sum(k * n for k, n in zip(kept, length))),
-        "Distillation": (variants.distillation_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+        "Distillation": (distillation_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
                          lambda i, t: surrogate(i, t, (ref - old)[i, t], LOW, LOW) / longest / B),
-        "TIS": (variants.tis_loss(logp, old, ref, adv, mask, LOW, 0.0, None, sampler)[0],
+        "TIS": (tis_loss(logp, old, ref, adv, mask, LOW, 0.0, None, sampler)[0],
                 lambda i, t: min(w[i, t], 2.0) * surrogate(i, t, A[i], LOW, LOW) / length[i] / B),
-        "MIS": (variants.mis_loss(logp, old, ref, adv, mask, LOW, 0.0, None, sampler)[0],
+        "MIS": (mis_loss(logp, old, ref, adv, mask, LOW, 0.0, None, sampler)[0],
                 lambda i, t: (w[i, t] if 0.5 <= w[i, t] <= 2 else 0.0)
                 * surrogate(i, t, A[i], LOW, LOW) / length[i] / B),
         "PPO": (ppo_loss(logp, old, per_token_adv, mask, LOW)[0],
@@ -94,18 +96,18 @@ def rows(seed=0):
         "GRPO": (grpo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
                  lambda i, t: (surrogate(i, t, A[i], LOW, LOW)
                                + BETA * ((ref - x)[i, t].exp() - 1)) / length[i] / B),
-        "Dr. GRPO": (variants.drgrpo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+        "Dr. GRPO": (drgrpo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
                      lambda i, t: surrogate(i, t, A[i], LOW, LOW) / longest / B),
-        "GSPO": (variants.gspo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+        "GSPO": (gspo_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
                  lambda i, t: 0.0 if clipped(of_sequence(i), A[i], LOW, LOW)
                  else A[i] * of_sequence(i) / length[i] / B),
-        "REINFORCE, RLOO": (variants.policy_gradient_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
+        "REINFORCE, RLOO": (policy_gradient_loss(logp, old, ref, adv, mask, LOW, BETA)[0],
                             lambda i, t: A[i] / B),
         "DAPO": (dapo_loss(logp, old, adv, mask, LOW, HIGH)[0],
                  lambda i, t: surrogate(i, t, A[i], LOW, HIGH) / tokens),
-        "CISPO": (variants.cispo_loss(logp, old, adv, mask, LOW, HIGH)[0],
+        "CISPO": (cispo_loss(logp, old, adv, mask, LOW, HIGH)[0],
                   lambda i, t: A[i] * min(ratio[i, t], 1 + HIGH) / tokens),
-        "DPPO": (variants.dppo_loss(logp, old, adv, mask, DELTA, DELTA)[0],
+        "DPPO": (dppo_loss(logp, old, adv, mask, DELTA, DELTA)[0],
                  lambda i, t: 0.0 if probability_moved(i, t) else A[i] * ratio[i, t] / tokens),
     }, logp, mask
 
@@ -132,7 +134,7 @@ def test_the_random_batches_reach_every_case_of_the_clips():
 
 @pytest.mark.parametrize("loss_function, slope", [
     (dpo_loss, lambda h: BETA * sigmoid(-BETA * h)),
-    (variants.ipo_loss, lambda h: 2 * (1 / (2 * BETA) - h))])
+    (ipo_loss, lambda h: 2 * (1 / (2 * BETA) - h))])
 def test_a_pair_pulls_its_two_responses_apart_by_one_coefficient(loss_function, slope):
     """Of all tokens of the chosen response, and of the rejected one with the other sign."""
     logp, _, ref, mask, _ = ragged()
@@ -151,7 +153,8 @@ def test_kto_pulls_every_response_by_a_coefficient_of_its_own():
     z0 = 0.3
     total, ref_total = (logp * mask).sum(1), (ref * mask).sum(1)
     h = (total - ref_total).tolist()
-    loss, _ = variants.kto_loss(total[0::2], total[1::2], ref_total[0::2], ref_total[1::2], BETA, z0)
+    pairs = total[0::2], total[1::2], ref_total[0::2], ref_total[1::2]
+    loss, _ = kto_loss(*pairs, BETA, z0)
 
     def coefficient(i, t):
         sign = (1, -1)[i % 2]
@@ -164,12 +167,12 @@ def test_kto_pulls_every_response_by_a_coefficient_of_its_own():
 def test_simpo_and_orpo_divide_by_the_length_of_each_response():
     logp, _, ref, mask, _ = ragged()
     length = mask.sum(1).tolist()
-    mean = variants.mean_logp(logp, mask)                      # (B,)
+    mean = mean_logp(logp, mask)                      # (B,)
     m = mean.tolist()
     none = torch.zeros(B // 2).double()
     sign = (1, -1)
-    simpo, _ = variants.simpo_loss(mean[0::2], mean[1::2], none, none, 2.0, gamma_ratio=0.6)
-    orpo, _ = variants.orpo_loss(mean[0::2], mean[1::2], none, none, 0.4)
+    simpo, _ = simpo_loss(mean[0::2], mean[1::2], none, none, 2.0, gamma_ratio=0.6)
+    orpo, _ = orpo_loss(mean[0::2], mean[1::2], none, none, 0.4)
 
     def of_simpo(i, t):
         margin = 2.0 * (m[i // 2 * 2] - m[i // 2 * 2 + 1]) - 1.2
@@ -193,11 +196,11 @@ def test_at_one_update_a_rollout_grpo_cispo_dapo_and_reinforce_have_one_gradient
     mask[:, 2:5] = 1
     old = logp.detach()
     losses = [dapo_loss(logp, old, adv, mask, LOW, HIGH)[0],
-              variants.cispo_loss(logp, old, adv, mask, LOW, HIGH)[0],
-              variants.dppo_loss(logp, old, adv, mask, DELTA, DELTA)[0],
+              cispo_loss(logp, old, adv, mask, LOW, HIGH)[0],
+              dppo_loss(logp, old, adv, mask, DELTA, DELTA)[0],
               grpo_loss(logp, old, ref, adv, mask, LOW, 0.0)[0],
-              variants.gspo_loss(logp, old, ref, adv, mask, LOW, 0.0)[0],
-              variants.policy_gradient_loss(logp, old, ref, adv, mask, LOW, 0.0)[0] / 3]
+              gspo_loss(logp, old, ref, adv, mask, LOW, 0.0)[0],
+              policy_gradient_loss(logp, old, ref, adv, mask, LOW, 0.0)[0] / 3]
     first, *others = [slopes(loss, logp) for loss in losses]
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=1e-14)

@@ -12,7 +12,6 @@ import torch
 
 import dpo
 import sft
-import variants
 from common import InputError, load
 from common.checkpoint import read_checkpoint, save_checkpoint
 from common.optimizers import Optimizers
@@ -22,6 +21,7 @@ from common.train import micro_batches, pad_pairs
 from conftest import gradients, naive_logp, tiny
 from dpo import dpo_loss, response_logp
 from model import GPT
+from preference_variants import ipo_loss
 
 DEVICE = torch.device("cpu")
 
@@ -106,7 +106,7 @@ def test_the_gradient_through_a_model_is_the_closed_form_of_the_docstring():
         torch.testing.assert_close(g, e, rtol=0, atol=1e-6)
 
 
-LOSSES = {"dpo": (dpo_loss, ()), "cdpo": (dpo_loss, (0.1,)), "ipo": (variants.ipo_loss, ())}
+LOSSES = {"dpo": (dpo_loss, ()), "cdpo": (dpo_loss, (0.1,)), "ipo": (ipo_loss, ())}
 
 
 @pytest.mark.parametrize("loss, more", LOSSES.values(), ids=LOSSES)
@@ -196,7 +196,7 @@ def test_hard_labels_have_no_optimum_and_smoothed_labels_have_one():
         h = math.log((1 - eps) / eps) / 0.5
         assert math.isclose(margin(0.5, label_smoothing=eps), h, rel_tol=1e-5)
     for beta in (0.1, 0.5, 2.0):
-        h = margin(beta, loss=variants.ipo_loss)
+        h = margin(beta, loss=ipo_loss)
         assert math.isclose(h, 1 / (2 * beta), rel_tol=1e-5)
 
 

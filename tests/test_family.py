@@ -3,7 +3,6 @@ definitions.   python -m pytest tests/test_family.py"""
 import itertools
 import json
 import math
-import os
 import signal
 import sys
 
@@ -15,20 +14,26 @@ import best_of_n
 import compare
 import dpo
 import grpo
+import policy_variants
 import ppo
+import preference_variants
 import sft
 import variants
 from common import InputError, load
-from common.data import running_sums
 from common.tokenizer import make_tokenizer
-from conftest import QUICK, SHORT, metrics, tiny
-from dpo import dpo_loss
+from conftest import PPO, QUICK, SHORT, metrics, tiny
+from expert_iteration import keep_right
 from grpo import group_advantage, grpo_loss
 from model import GPT, GPTConfig
+from policy_variants import (Distillation, ProcessSupervision, Replay, distillation_loss,
+                             gspo_loss, mis_loss, process_advantage, returns_to_go,
+                             running_totals, stale_policy, tis_loss)
+from preference_variants import (KTO, ipo_loss, kto_loss, log_odds, mean_logp, mismatched,
+                                 orpo_loss, read_labelled, simpo_loss)
 from sft import sft_loss
 from test_grpo import batch
 from test_ppo import tree
-from variants import VARIANTS, Distillation, ProcessSupervision, Replay
+from variants import VARIANTS
 
 FINITE = 1e-6                                                  # step of a finite difference
 
@@ -44,14 +49,14 @@ def conditionals(model, tokens, mask):
     return torch.cat([torch.zeros_like(logp[:, :1]), logp[:, :-1]], 1)
 
 
-# ------------------------------------------------------------------- a sampler that is not the policy
+# ----------------------------------------------------------------- a sampler that is not the policy
 
 
 def test_weights_change_nothing_where_the_sampler_is_the_scorer():
     logp, old, ref, adv, mask = batch()
     logp.requires_grad_()
     plain, plain_stats = grpo_loss(logp, old, ref, adv, mask, 0.2, 0.1)
-    for loss_function in (variants.tis_loss, variants.mis_loss):
+    for loss_function in (tis_loss, mis_loss):
         loss, stats = loss_function(logp, old, ref, adv, mask, 0.2, 0.1, None, old)
         assert torch.equal(loss, plain) and stats.pop("sampler_logp_error") == 0
         assert stats == plain_stats
@@ -63,7 +68,7 @@ def test_the_difference_of_sampler_and_scorer_is_a_mean_over_the_mask():
     logp, old, ref, adv, mask = batch()
     sampler = old + torch.randn_like(old)
     for loss, stats in (grpo_loss(logp, old, ref, adv, mask, 0.2, 0.1, None, sampler),
-                        variants.gspo_loss(logp, old, ref, adv, mask, 0.2, 0.1, None, sampler)):
+                        gspo_loss(logp, old, ref, adv, mask, 0.2, 0.1, None, sampler)):
         expected = (old - sampler)[mask > 0].abs().mean().item()
         assert math.isclose(stats["sampler_logp_error"], expected, rel_tol=1e-12)
 
@@ -94,7 +99,7 @@ def test_importance_weights_restore_the_expected_gradient_of_one_token_responses
                          materialize_grads=True))
 
     biased = expected_gradient(grpo_loss)
-    corrected = expected_gradient(variants.tis_loss, cap=cap)
+    corrected = expected_gradient(tis_loss, cap=cap)
     w = (logp.detach() - sampler).exp()
     missing = ((w - w.clamp(max=cap)) * sampler.exp() * reward * logp).sum()
     missing = flat(grad(missing, params, retain_graph=True, allow_unused=True,
@@ -104,7 +109,7 @@ def test_importance_weights_restore_the_expected_gradient_of_one_token_responses
     if cap == 1.5:
         assert (w > cap).any() and missing.norm() > 1e-3
 
-    masked = expected_gradient(variants.mis_loss, lowest=0.5, highest=cap)
+    masked = expected_gradient(mis_loss, lowest=0.5, highest=cap)
     outside = torch.where((w < 0.5) | (w > cap), w, 0.0) * sampler.exp() * reward * logp
     outside = flat(grad(outside.sum(), params, retain_graph=True, allow_unused=True,
                         materialize_grads=True))
@@ -134,16 +139,16 @@ def test_weights_of_tokens_leave_the_visited_states_to_the_sampler():
         return ((found - exact).norm() / exact.norm()).item()
 
     weight = torch.ones(15).double()
-    assert distance(grpo_loss) > 0.1 and distance(variants.tis_loss, cap=1e9) > 0.1
+    assert distance(grpo_loss) > 0.1 and distance(tis_loss, cap=1e9) > 0.1
     weight = (p / q).detach()
     assert distance(grpo_loss) < 1e-12
 
 
 def test_a_stale_sampler_has_the_weights_of_k_rollouts_ago_and_evaluation_those_of_now(monkeypatch):
     policy = tiny()
-    monkeypatch.setattr(variants, "load_policy", lambda cfg, device: (policy, None))
+    monkeypatch.setattr(policy_variants, "load_policy", lambda cfg, device: (policy, None))
     snapshots = []
-    stale, _ = variants.stale_policy(grpo.Config(), "cpu", stale=2)
+    stale, _ = stale_policy(grpo.Config(), "cpu", stale=2)
     for step in range(5):
         snapshots.append({name: x.clone() for name, x in policy.state_dict().items()})
         torch.manual_seed(step)
@@ -160,10 +165,10 @@ def test_a_stale_sampler_has_the_weights_of_k_rollouts_ago_and_evaluation_those_
             for p in policy.parameters():
                 p += 0.1 * torch.randn_like(p)
     with pytest.raises(InputError, match="--stale"):
-        variants.stale_policy(grpo.Config(resume=True), "cpu", stale=2)
+        stale_policy(grpo.Config(resume=True), "cpu", stale=2)
 
 
-# ---------------------------------------------------------------------------------------- the teacher
+# -------------------------------------------------------------------------------------- the teacher
 
 
 def test_distillation_follows_the_reverse_kl_of_every_visited_state():
@@ -177,7 +182,7 @@ def test_distillation_follows_the_reverse_kl_of_every_visited_state():
     for i in range(15):
         row = slice(i, i + 1)
         x = logp[row]
-        loss, _ = variants.distillation_loss(x, x.detach(), teacher_logp[row], torch.zeros(1),
+        loss, _ = distillation_loss(x, x.detach(), teacher_logp[row], torch.zeros(1),
                                              mask[row], 0.2, 1.0, max_new_tokens=7)
         total = total + p[i].detach() * loss
     found = flat(grad(total, params, retain_graph=True))
@@ -222,7 +227,7 @@ def test_the_teacher_must_read_the_students_tokens(adder, tmp_path, monkeypatch)
         distillation.load_policy(cfg, "cpu", teacher=str(tmp_path))
 
 
-# --------------------------------------------------------------------------------- process supervision
+# ------------------------------------------------------------------------------ process supervision
 
 
 @pytest.mark.parametrize("prompt, response, expected", [
@@ -237,23 +242,23 @@ def test_the_teacher_must_read_the_students_tokens(adder, tmp_path, monkeypatch)
 ])
 def test_a_step_is_a_running_total_right_or_wrong_given_the_prompt(prompt, response, expected):
     row = {"prompt": prompt, "_two_digits": "20"}
-    assert variants.running_totals(row, list(response.encode())) == expected
+    assert running_totals(row, list(response.encode())) == expected
 
 
 def test_running_totals_need_the_built_in_task():
     with pytest.raises(InputError, match="process"):
-        variants.running_totals({"prompt": "What is 2+3?", "answer": "5"}, [50])
+        running_totals({"prompt": "What is 2+3?", "answer": "5"}, [50])
 
 
 def test_process_supervision_by_plain_loops():
-    """A_it = Σ over the steps of response i that end at or after t of (r - mean)/std, over all steps
-    of the group."""
+    """A_it = Σ over the steps of response i that end at or after t of (r - mean)/std, both over all
+    steps of the group."""
     torch.manual_seed(0)
     B, T, G = 8, 9, 4
     is_step = torch.rand(B, T) < 0.4
     is_step[:, -1] = True
     reward = torch.where(is_step, torch.randint(0, 3, (B, T)) / 2.0, 0.0).double()
-    adv = variants.process_advantage(reward, is_step, G)
+    adv = process_advantage(reward, is_step, G)
     for start in (0, G):
         group = range(start, start + G)
         r = [reward[i, t].item() for i in group for t in range(T) if is_step[i, t]]
@@ -274,7 +279,7 @@ def test_process_supervision_with_one_step_is_outcome_supervision():
         last = int(torch.randint(1, 6, ()))
         mask[i, 1:last + 1] = 1
         is_step[i, last], placed[i, last] = True, reward[i]
-    adv = variants.process_advantage(placed, is_step, 4)
+    adv = process_advantage(placed, is_step, 4)
     outcome = group_advantage(reward, 4)
     assert torch.equal(adv * mask, outcome[:, None] * mask)
     assert (adv[4:] == 0).all()                                # equal rewards: exactly 0
@@ -302,7 +307,7 @@ def test_the_rewards_of_steps_stand_where_the_steps_end(monkeypatch):
     assert where == [[(8, 1), (11, 1), (14, 1)], [(9, 1)], [(10, 1), (13, 1), (16, 1), (19, 1)],
                      [(17, 0)]]
     adv = process.group_advantage(reward, 2)
-    assert adv.shape == (4, 24) and (adv[:2] == 0).all()       # all steps of the first group are right
+    assert adv.shape == (4, 24) and (adv[:2] == 0).all()       # all steps are right
     assert (adv[2, 8:19] > 0).all() and (adv[3, 8:18] < 0).all()
 
 
@@ -314,14 +319,14 @@ def test_reinforce_pp_has_the_sum_of_what_follows_for_advantage():
     torch.manual_seed(0)
     mask = batch()[4]
     reward, value = torch.randn_like(mask), torch.randn_like(mask)
-    adv, ret = variants.returns_to_go(reward, value, mask, 1.0, 0.5)
+    adv, ret = returns_to_go(reward, value, mask, 1.0, 0.5)
     for i, t in itertools.product(range(8), range(9)):
         expected = sum(reward[i, k].item() for k in range(t, 9) if mask[i, k]) if mask[i, t] else 0
         assert math.isclose(adv[i, t], expected, abs_tol=1e-12)
     assert torch.equal(adv, ret)
 
 
-# ---------------------------------------------------------------------------------------- preferences
+# -------------------------------------------------------------------------------------- preferences
 
 
 def random_pairs(seed=0, P=5):
@@ -332,10 +337,10 @@ def random_pairs(seed=0, P=5):
 
 
 @pytest.mark.parametrize("name, loss_function", [
-    ("kto", lambda *x, n=None: variants.kto_loss(*x, 0.7, 0.4, n)),
-    ("simpo", lambda *x, n=None: variants.simpo_loss(*x, 2.5, n=n, gamma_ratio=0.3)),
-    ("orpo", lambda *x, n=None: variants.orpo_loss(*x, 0.5, n=n)),
-    ("ipo", lambda *x, n=None: variants.ipo_loss(*x, 0.3, n=n))])
+    ("kto", lambda *x, n=None: kto_loss(*x, 0.7, 0.4, n)),
+    ("simpo", lambda *x, n=None: simpo_loss(*x, 2.5, n=n, gamma_ratio=0.3)),
+    ("orpo", lambda *x, n=None: orpo_loss(*x, 0.5, n=n)),
+    ("ipo", lambda *x, n=None: ipo_loss(*x, 0.3, n=n))])
 def test_a_preference_loss_is_its_formula_its_slope_and_a_sum_over_pieces(name, loss_function):
     w, l, ref_w, ref_l = random_pairs()
 
@@ -343,7 +348,7 @@ def test_a_preference_loss_is_its_formula_its_slope_and_a_sum_over_pieces(name, 
         def sigmoid(x):
             return 1 / (1 + math.exp(-x))
 
-        if name == "kto":                                      # Eq. 7 with λ = 1, over 2 P responses
+        if name == "kto":                                      # with λ = 1, over 2 P responses
             v = sigmoid(0.7 * (w - rw - 0.4)), sigmoid(0.7 * (0.4 - (l - rl)))
             return (1 - v[0] + 1 - v[1]) / 2
         if name == "simpo":
@@ -357,7 +362,9 @@ def test_a_preference_loss_is_its_formula_its_slope_and_a_sum_over_pieces(name, 
     loss, stats = loss_function(w, l, ref_w, ref_l)
     assert math.isclose(loss, expected, rel_tol=1e-12)
     assert stats.keys() >= {"margin", "pair_acc", "logp_w", "logp_l"}
-    pieces = [loss_function(w[i], l[i], ref_w[i], ref_l[i], n=5)[0] for i in torch.arange(5).split(2)]
+    pieces = []
+    for i in torch.arange(5).split(2):
+        pieces.append(loss_function(w[i], l[i], ref_w[i], ref_l[i], n=5)[0])
     assert math.isclose(sum(pieces), expected, rel_tol=1e-12)
 
     w = w.clone().requires_grad_()
@@ -373,15 +380,15 @@ def test_log_odds_are_exact_where_a_response_is_nearly_certain():
     """log(1 - exp(-1e-5)) by the naive formula in float32 loses three digits; -expm1 none."""
     for x in (-8.0, -1.0, -1e-3, -1e-5):
         exact = x - math.log(-math.expm1(x))
-        found = variants.log_odds(torch.tensor(x, dtype=torch.float32)).item()
+        found = log_odds(torch.tensor(x, dtype=torch.float32)).item()
         assert math.isclose(found, exact, rel_tol=1e-5)
     certain = torch.zeros(1, requires_grad=True)
-    assert variants.log_odds(certain).isfinite() and grad(variants.log_odds(certain), certain)
+    assert log_odds(certain).isfinite() and grad(log_odds(certain), certain)
 
 
 def test_mean_log_probs_are_of_the_tokens_in_the_mask():
     logp, _, _, _, mask = batch()
-    for i, mean in enumerate(variants.mean_logp(logp, mask).tolist()):
+    for i, mean in enumerate(mean_logp(logp, mask).tolist()):
         inside = [x for x, m in zip(logp[i].tolist(), mask[i]) if m]
         assert math.isclose(mean, sum(inside) / len(inside), rel_tol=1e-12)
 
@@ -398,15 +405,15 @@ def kto_rows():
 
 def test_a_mismatched_pair_has_the_response_of_another_prompt():
     """A roll by one would leave five of these six with their own prompt."""
-    tokens, mask = variants.mismatched(kto_rows(), 48)
+    tokens, mask = mismatched(kto_rows(), 48)
     own = {7: {11, 12}, 8: {14, 15, 16, 17}}
     assert len(tokens) == 6
     for ids, chosen in zip(tokens, mask):
         first = int(chosen.nonzero()[0])
         assert ids[first].item() not in own[ids[0].item()] and chosen.sum() >= 2
     with pytest.raises(InputError, match="two prompts"):
-        variants.mismatched(kto_rows()[1:], 48)
-    tokens, mask = variants.mismatched(kto_rows(), 3)          # what does not fit is left out
+        mismatched(kto_rows()[1:], 48)
+    tokens, mask = mismatched(kto_rows(), 3)        # what does not fit is left out
     assert tokens.tolist() == [[7, 14, 3], [7, 14, 3]] and mask.sum() == 4
 
 
@@ -414,8 +421,8 @@ def test_z0_is_the_mean_of_log_ratios_over_mismatched_pairs_of_the_whole_batch(m
     """By a naive log-softmax; never negative, and the loss of a piece uses the batch's."""
     from conftest import naive_logp
     policy = tiny()
-    monkeypatch.setattr(variants, "load_policy", lambda cfg, device: (policy, None))
-    kto = variants.KTO()
+    monkeypatch.setattr(preference_variants, "load_policy", lambda cfg, device: (policy, None))
+    kto = KTO()
     kto.load_policy(dpo.Config(micro_batch_tokens=8), "cpu")
     rows = kto_rows()
     tokens, _ = kto.pad_pairs(rows)
@@ -427,7 +434,7 @@ def test_z0_is_the_mean_of_log_ratios_over_mismatched_pairs_of_the_whole_batch(m
             for p, q in zip(policy.parameters(), kto.reference.parameters()):
                 p.copy_(q + 0.1 * torch.randn_like(q))
         kto.pad_pairs(rows)
-        tokens, mask = variants.mismatched(rows, 48)
+        tokens, mask = mismatched(rows, 48)
         with torch.no_grad():
             h = naive_logp(policy, tokens) - naive_logp(kto.reference, tokens)
         mean = (h * mask).sum(1).mean().item()
@@ -436,7 +443,7 @@ def test_z0_is_the_mean_of_log_ratios_over_mismatched_pairs_of_the_whole_batch(m
         pair = [torch.tensor([x]).double() for x in (-1.0, -2.0, -1.5, -1.0)]
         loss, stats = kto.dpo_loss(*pair, 0.1, 0.0, 3)
         assert stats["z0"] == kto.z0
-        assert torch.equal(loss, variants.kto_loss(*pair, 0.1, kto.z0, 3)[0])
+        assert torch.equal(loss, kto_loss(*pair, 0.1, kto.z0, 3)[0])
     assert signs == {True, False}
 
 
@@ -446,9 +453,9 @@ def test_unpaired_rows_are_read_by_their_labels(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = make_tokenizer("bytes")
-    kto = variants.KTO()
+    kto = KTO()
     train, val, test = kto.load_pairs(str(path), "", tokenizer, 64)
-    good = [row for row in variants.read_labelled(str(path)) if row["label"]]
+    good = [row for row in read_labelled(str(path)) if row["label"]]
     assert len(good) == 20 and all(int(row["response"]) == eval_sum(row["prompt"]) for row in good)
     wanted = {row["prompt"] for row in rows if row["label"]}
     for pair in train:
@@ -460,14 +467,14 @@ def test_unpaired_rows_are_read_by_their_labels(tmp_path, capsys):
     assert len(train) == n_bad > len({tuple(pair["tokens"][0]) for pair in train})
     path.write_text('{"prompt": "1+1=", "completion": "2", "label": "yes"}\n')
     with pytest.raises(InputError, match='rows.jsonl:1.*"label"'):
-        variants.read_labelled(str(path))
+        read_labelled(str(path))
 
 
 def eval_sum(prompt):
     return sum(int(x) for x in prompt[:-1].split("+"))
 
 
-# ------------------------------------------------------------------------------------ expert iteration
+# --------------------------------------------------------------------------------- expert iteration
 
 
 def test_the_expected_gradient_of_expert_iteration_is_that_of_the_mean_reward():
@@ -490,18 +497,18 @@ def test_right_responses_are_kept_once_and_the_control_keeps_as_many():
     row = {"prompt": "5+8+7=", "_two_digits": "20"}
     texts = ["#20", "13,20#20", None, "#25", "13,20#20", "12,19#19", "#20"]
     generator = torch.Generator().manual_seed(0)
-    kept = variants.keep_right(row, texts, 4, False, generator)
+    kept = keep_right(row, texts, 4, False, generator)
     assert [x["response"] for x in kept] == ["#20", "13,20#20"]
-    assert variants.keep_right(row, texts, 1, False, generator)[0]["response"] == "#20"
+    assert keep_right(row, texts, 1, False, generator)[0]["response"] == "#20"
     drawn = set()
     for _ in range(60):
-        control = variants.keep_right(row, texts, 4, True, generator)
+        control = keep_right(row, texts, 4, True, generator)
         assert len(control) == 2
         drawn |= {x["response"] for x in control}
     assert drawn == set(filter(None, texts))                   # right or wrong, but they ended
 
 
-# ------------------------------------------------------------------------------------------ best of n
+# ---------------------------------------------------------------------------------------- best of n
 
 
 def test_best_of_n_is_the_mean_over_all_subsets():
@@ -554,13 +561,13 @@ def test_a_truncated_response_is_never_better_than_one_that_ended(reward_model, 
     assert math.isclose(rows[0]["accuracy"], right.mean().item(), abs_tol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------- the runs
+# ----------------------------------------------------------------------------------------- the runs
 
 
 def test_replay_adds_the_gradient_of_the_demonstrations_whatever_the_micro_batches(
         adder, monkeypatch):
     policy, tokenizer = load(str(adder / "out/sft"))
-    monkeypatch.setattr(variants, "load_policy", lambda cfg, device: (policy, tokenizer))
+    monkeypatch.setattr(policy_variants, "load_policy", lambda cfg, device: (policy, tokenizer))
     cfg = grpo.Config(data="x", minibatch=8)
     found = []
     for budget in (10 ** 6, 40):
@@ -590,8 +597,8 @@ def test_replay_adds_the_gradient_of_the_demonstrations_whatever_the_micro_batch
 
 @pytest.fixture
 def variant(tmp_path, monkeypatch):
-    """Run a variant in this process; the scripts' functions come back afterwards. Returns the rows of
-    its log, or the line that ended it."""
+    """Run a variant in this process; the scripts' functions come back afterwards. Returns the rows
+    of its log, or the line that ended it."""
     def variant(name, *flags):
         script, replacements = VARIANTS[name]
         for function_name in (*replacements, "__doc__"):
@@ -624,8 +631,7 @@ def test_every_variant_runs_resumes_and_reports(name, variant, adder, reward_mod
     if script is grpo:
         flags += ["--data", adder / "rows.jsonl", *QUICK]
     elif script is ppo:
-        flags += ["--data", adder / "rows.jsonl", "--reward", "rule", "--prompts", 16, "--minibatch", 8,
-                  "--steps", 6, "--eval_every", 3]
+        flags += ["--data", adder / "rows.jsonl", "--reward", "rule", *PPO]
     elif script is dpo:
         flags += ["--data", reward_model / "preferences.jsonl", "--batch", 12, "--eval_every", 3]
     elif script is sft:

@@ -546,8 +546,8 @@ def test_the_trace_of_one_token_runs_on_any_checkpoint(tmp_path):
 
 
 def test_in_bf16_too_the_first_step_has_ratio_1(adder, tmp_path, monkeypatch):
-    """Old and new log-probs come from the same autocast: with one of them in float32 the ratio would
-    differ from 1 by bf16's rounding, and the clip would act on noise."""
+    """Old and new log-probs come from the same autocast: with one of them in float32 the ratio
+    would differ from 1 by bf16's rounding, and the clip would act on noise."""
     bf16_devices(monkeypatch, {"cpu"})
     gaps = []
 

@@ -10,12 +10,14 @@ from torch.autograd import grad
 import grpo
 import variants
 from grpo import group_advantage, grpo_loss
+from policy_variants import (batch_baseline, centred_advantage, drgrpo_loss, gspo_loss, no_baseline,
+                             policy_gradient_loss, rloo_advantage)
+from preference_variants import ipo_loss
 from test_grpo import batch
 from test_ppo import tree
-from variants import (VARIANTS, batch_baseline, centred_advantage, drgrpo_loss, gspo_loss, ipo_loss,
-                      no_baseline, policy_gradient_loss, rloo_advantage)
+from variants import VARIANTS
 
-STATEFUL = ("process", "kto")              # what they replace needs what came before (test_family.py)
+STATEFUL = ("process", "kto")              # these need what came before: test_family.py
 REWARD = torch.tensor([1., 0., 0., 1., 3., -1., .5, .5]).double()
 
 

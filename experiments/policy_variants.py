@@ -1,0 +1,316 @@
+"""
+Variants of grpo.py, dapo.py and ppo.py: functions and small classes that replace functions of the
+scripts. variants.py runs them and says which replaces what.
+"""
+import copy
+import itertools
+import math
+import os
+import sys
+from collections import deque
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import InputError, load  # noqa: E402
+from common.data import filter_rows, tokenize_demonstration, tokenize_rows  # noqa: E402
+from common.models import ensure_checkpoint, load_policy  # noqa: E402
+from common.rows import read_rows  # noqa: E402
+from common.train import batches, compute_reward, freeze, micro_batches, pad_batch  # noqa: E402
+from dapo import dapo_loss  # noqa: E402
+from grpo import grpo_loss  # noqa: E402
+from model import autocast  # noqa: E402
+from ppo import gae  # noqa: E402
+from sft import demonstrations, sft_loss  # noqa: E402
+
+# the imported functions stay the originals after variants.py has replaced them in the scripts
+
+
+# --------------------------------------------------------------------------------------- advantages
+# In place of group_advantage: reward (B,), the responses of one prompt adjacent -> adv (B,).
+
+
+def no_baseline(reward, group_size):
+    """REINFORCE: the reward itself."""
+    return reward
+
+
+def batch_baseline(reward, group_size):
+    """Baseline: the mean reward of all other responses of the rollout, whatever their prompt, which
+    does not depend on the response."""
+    others = (reward.sum() - reward) / (len(reward) - 1)                  # (B,)
+    return reward - others
+
+
+def rloo_advantage(reward, group_size):
+    """RLOO. Baseline: the mean reward of the other responses to the same prompt. The advantage is
+    G / (G - 1) times the centred reward."""
+    r = reward.view(-1, group_size)
+    others = (r.sum(1, keepdim=True) - r) / (group_size - 1)              # (P, G)
+    return (r - others).flatten()
+
+
+def centred_advantage(reward, group_size):
+    """Dr. GRPO: the reward minus the mean of its group. Division by the group's std would weight
+    prompts more whose responses are nearly all right or nearly all wrong."""
+    r = reward.view(-1, group_size)
+    return (r - r.mean(1, keepdim=True)).flatten()
+
+
+def returns_to_go(reward, value, mask, gamma, lam):
+    """REINFORCE++, in place of ppo.gae: A_t = Σ_{k >= t} R_k, the reward minus the KL penalty of
+    this token and of those that follow. ppo.py whitens it over the rollout. The critic is still
+    trained, and used for nothing but explained_var."""
+    return gae(reward, torch.zeros_like(value), mask, gamma, 1.0)
+
+
+class ProcessSupervision:
+    """DeepSeekMath §4.1.3: a reward at the end of every step, and A_it is the sum of the normalised
+    rewards of the steps that end at or after token t. A step is a running total of the built-in
+    task, right or wrong given the prompt; the last step is the response, by the rule."""
+
+    def compute_reward(self, cfg, reward_model, score, rows, tokens, mask, responses,
+                       truncated_reward):
+        """As in common/train.py. The rewards of the steps are kept for group_advantage."""
+        outcome = compute_reward(cfg, reward_model, score, rows, tokens, mask, responses,
+                                 truncated_reward)
+        rows = [row for row in rows for _ in range(len(tokens) // len(rows))]
+        self.step_reward = torch.zeros(mask.shape)                        # (B, T)
+        self.is_step = torch.zeros(mask.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            first, *_, last = mask[i].nonzero()[:, 0].tolist() * 2        # columns of the response
+            if responses[i] is not None:                                  # if truncated: no steps
+                for t, right in running_totals(row, tokens[i, first:last].tolist()):
+                    self.step_reward[i, first + t] = right
+                    self.is_step[i, first + t] = True
+            self.step_reward[i, last] = outcome[0][i]
+            self.is_step[i, last] = True
+        return outcome
+
+    def group_advantage(self, reward, group_size):
+        return process_advantage(self.step_reward, self.is_step, group_size)
+
+
+def running_totals(row, ids):
+    """The running totals of a response to the built-in task, whose tokens are bytes: the index of
+    the token that ends each, a comma or #, and 1.0 if the total is right."""
+    if "_two_digits" not in row:
+        raise InputError("process: only the built-in task has steps that are right or wrong")
+    terms = [int(x) for x in row["prompt"][:-1].split("+")]
+    expected = [f"{total:02d}" for total in itertools.accumulate(terms)][1:]
+    found, total = [], ""
+    for t, byte in enumerate(ids):
+        char = chr(byte)
+        if char == "#" and not found and not total:                       # no working is shown
+            break
+        if char in ",#":
+            right = len(found) < len(expected) and total == expected[len(found)]
+            found.append((t, float(right)))
+            total = ""
+        else:
+            total += char
+        if char == "#":
+            break
+    return found
+
+
+def process_advantage(step_reward, is_step, group_size):
+    """step_reward (B, T), 0 but at the steps' ends; is_step (B, T) bool -> adv (B, T). With one
+    step a response it is group_advantage."""
+    B, T = step_reward.shape
+    r = step_reward.view(-1, group_size * T)                              # (P, G T)
+    inside = is_step.view(-1, group_size * T)
+    n = inside.sum(1, keepdim=True)                                       # steps of the group
+    centred = torch.where(inside, r - r.sum(1, keepdim=True) / n, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / (n - 1)).sqrt()
+    highest = r.masked_fill(~inside, -math.inf).amax(1, keepdim=True)
+    lowest = r.masked_fill(~inside, math.inf).amin(1, keepdim=True)
+    normalised = torch.where(highest == lowest, 0.0, centred / (std + 1e-4)).view(B, T)
+    return normalised.flip(1).cumsum(1).flip(1)                           # Σ over steps from t on
+
+
+# ------------------------------------------------------------------------------------------- losses
+# In place of grpo_loss and dapo_loss: the same arguments and statistics. Further arguments are
+# flags.
+
+
+def policy_gradient_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None,
+                         sampler_logp=None):
+    """-1/B Σ_i A_i Σ_t log π(o_it): a sum over tokens, without ratio, clip and KL penalty."""
+    _, stats = grpo_loss(logp.detach(), old_logp, ref_logp, adv, mask, math.inf, 0.0,
+                         sampler_logp=sampler_logp)
+    if n is None:
+        n = len(adv)
+    logp = torch.where(mask > 0, logp, 0.0)
+    loss = -(adv.view(len(adv), -1) * logp).sum() / n
+    return loss, stats
+
+
+def drgrpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
+                max_new_tokens=24):
+    """Dr. GRPO: every token is divided by one constant, the longest response, not by the length of
+    its own. No KL penalty."""
+    length = mask.sum(1, keepdim=True)
+    weighted = adv.view(len(adv), -1) * length / max_new_tokens  # cancels the 1/|o_i| of grpo_loss
+    return grpo_loss(logp, old_logp, ref_logp, weighted, mask, clip_eps, 0.0, n, sampler_logp)
+
+
+def gspo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None):
+    """GSPO, Eq. 5 and 7: one ratio per response, s_i = exp(1/|o_i| Σ_t log r_it). No KL penalty."""
+    def response_mean(x):
+        total = torch.where(mask > 0, x, 0.0).sum(1, keepdim=True)        # (B, 1)
+        return (total / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(x)
+
+    _, by_token = grpo_loss(logp.detach(), old_logp, ref_logp, adv, mask, clip_eps, 0.0, n,
+                            sampler_logp)
+    old = response_mean(old_logp)
+    loss, stats = grpo_loss(response_mean(logp), old, old, adv, mask, clip_eps, 0.0, n)
+    return loss, by_token | stats                           # the clipped shares are of responses
+
+
+def cispo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None, sampler_logp=None):
+    """CISPO, Eq. 4 and 5: the ratio is a weight, clipped at 1 + clip_high and detached. So every
+    token keeps a gradient, which DAPO's clip would remove. There is no lower bound. The statistics
+    are the shares of tokens that DAPO's clip would cut."""
+    _, stats = dapo_loss(logp.detach(), old_logp, adv, mask, clip_low, clip_high,
+                         sampler_logp=sampler_logp)
+    if n is None:
+        n = mask.sum().clamp(min=1)
+    logp = torch.where(mask > 0, logp, 0.0)
+    old_logp = torch.where(mask > 0, old_logp, 0.0)
+    weight = (logp.detach() - old_logp).clamp(max=20).exp().clamp(max=1 + clip_high)
+    loss = -(weight * adv.view(len(adv), -1) * logp).sum() / n            # 1/Σ_i |o_i| Σ_i Σ_t
+    return loss, stats
+
+
+def dppo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None, sampler_logp=None):
+    """DPPO with binary total variation: a token has no gradient where its probability has moved in
+    the direction of its advantage by more than clip_high, up, or clip_low, down. A rare token keeps
+    its gradient whatever its ratio."""
+    _, stats = dapo_loss(logp.detach(), old_logp, adv, mask, clip_low, clip_high,
+                         sampler_logp=sampler_logp)
+    if n is None:
+        n = mask.sum().clamp(min=1)
+    logp = torch.where(mask > 0, logp, 0.0)
+    old_logp = torch.where(mask > 0, old_logp, 0.0)
+    adv = adv.view(len(adv), -1)
+    moved = logp.detach().exp() - old_logp.exp()                          # (B, T)  π - π_old
+    cut = (moved > clip_high) & (adv > 0) | (moved < -clip_low) & (adv < 0)
+    ratio = (logp - old_logp).clamp(max=20).exp()
+    loss = -torch.where(cut, 0.0, ratio * adv * mask).sum() / n
+    tokens = mask.sum().clamp(min=1)
+    stats |= {"clip_low": (cut * (adv < 0) * mask).sum() / tokens,
+              "clip_high": (cut * (adv > 0) * mask).sum() / tokens}
+    return loss, stats
+
+
+def sampler_weight(old_logp, sampler_logp, mask):
+    """w = π_old / π_sampler of every token, (B, T): 1 where the sampler is the policy."""
+    return torch.where(mask > 0, old_logp - sampler_logp, 0.0).clamp(max=20).exp()
+
+
+def tis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
+             cap=2.0):
+    """Truncated importance sampling: the surrogate of every token times min(w, cap)."""
+    weight = sampler_weight(old_logp, sampler_logp, mask).clamp(max=cap)
+    return grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask, clip_eps,
+                     kl_beta, n, sampler_logp)
+
+
+def mis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
+             lowest=0.5, highest=2.0):
+    """Masked importance sampling: times w, or 0 where w is not from lowest to highest."""
+    weight = sampler_weight(old_logp, sampler_logp, mask)
+    weight = torch.where((weight >= lowest) & (weight <= highest), weight, 0.0)
+    return grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask, clip_eps,
+                     kl_beta, n, sampler_logp)
+
+
+def stale_policy(cfg, device, stale=0):
+    """In place of load_policy: a policy whose rollouts are sampled by its weights of `stale`
+    rollouts ago. Evaluation, which is greedy or brings its own random numbers, sees the weights of
+    now."""
+    policy, tokenizer = load_policy(cfg, device)
+    if not stale:
+        return policy, tokenizer
+    if cfg.resume:
+        raise InputError("--stale: earlier weights are not in the checkpoint, so it cannot resume")
+    generate, sampler = policy.generate, copy.deepcopy(policy)
+    history = deque(maxlen=stale + 1)
+
+    def generate_stale(prompts, group_size=1, max_new_tokens=64, temperature=1.0, uniform=None):
+        if uniform is not None or temperature == 0:
+            return generate(prompts, group_size, max_new_tokens, temperature, uniform=uniform)
+        history.append(copy.deepcopy(policy.state_dict()))
+        sampler.load_state_dict(history[0])
+        return sampler.generate(prompts, group_size, max_new_tokens, temperature)
+
+    policy.generate = generate_stale
+    return policy, tokenizer
+
+
+class Distillation:
+    """On-policy distillation (GKD with the student's own samples and the reverse KL): the teacher
+    takes the reference's place, and A_t = log π_teacher(y_t) - log π_old(y_t), each token for
+    itself. kl_seq of the log is then the KL to the teacher. The reward is only logged."""
+
+    def load_policy(self, cfg, device, teacher="out/grpo"):
+        policy, tokenizer = load_policy(cfg, device)
+        ensure_checkpoint(teacher, "grpo.py", "out/grpo", cfg.seed)
+        self.teacher, own = load(teacher, device, "GPT")
+        if own.name != tokenizer.name or self.teacher.cfg.vocab_size != policy.cfg.vocab_size:
+            raise InputError(f"--teacher {teacher}: its tokenizer is {own.name}, the student's "
+                             f"{tokenizer.name}; they must be the same")
+        if self.teacher.cfg.block_size < policy.cfg.block_size:
+            raise InputError(f"--teacher {teacher}: it reads {self.teacher.cfg.block_size} tokens, "
+                             f"the student {policy.cfg.block_size}")
+        return policy, tokenizer
+
+    def freeze(self, model, bf16=True):
+        """In place of the copy that grpo.py makes of the policy."""
+        return freeze(self.teacher, bf16)
+
+
+def distillation_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None,
+                      sampler_logp=None, max_new_tokens=24):
+    """A surrogate whose expected gradient at the first update is that of KL(π(.|s) ‖ teacher(.|s)),
+    summed over the states s that the student visits and divided by max_new_tokens."""
+    adv = torch.where(mask > 0, ref_logp - old_logp, 0.0)                 # (B, T)
+    return drgrpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, 0.0, n, sampler_logp,
+                       max_new_tokens)
+
+
+class Replay:
+    """PPO-ptx: to the gradient of every update add sft_coef times that of the SFT loss on as many
+    demonstrations as the update has responses. --resume begins with the first demonstrations."""
+
+    def load_policy(self, cfg, device, replay="", sft_coef=1.0):
+        if cfg.data and not replay:
+            raise InputError("--replay: needs a file of demonstrations, as --data is not built in")
+        self.policy, tokenizer = load_policy(cfg, device)
+        self.sft_coef = sft_coef
+        if replay:
+            rows = read_rows(replay, "prompt", "response")
+        else:
+            rows = demonstrations(cfg.seed)[0]
+        rows = tokenize_rows(rows, tokenizer, lambda row: tokenize_demonstration(row, tokenizer))
+        block_size = self.policy.cfg.block_size
+        reason = f"longer than the model's {block_size} tokens"
+        rows = filter_rows(rows, lambda row: len(row["tokens"]) <= block_size, reason)
+        self.batches = batches(rows, cfg.minibatch, cfg.seed)
+        return self.policy, tokenizer
+
+    def micro_batches(self, mask, rows, micro_batch_tokens, device):
+        """Those of the update; before the first of them, the demonstrations' gradient."""
+        batch = next(self.batches)
+        tokens, chosen = pad_batch([row["tokens"] for row in batch],
+                                   [row["mask"] for row in batch])
+        n = int(chosen.sum())
+        tokens, chosen_dev = tokens.to(device), chosen.to(device)
+        every_row = torch.arange(len(tokens))
+        for part, width, index in micro_batches(chosen, every_row, micro_batch_tokens, device):
+            with autocast(self.policy):
+                logp, _ = self.policy.token_logp(tokens[part, :width], index=index)
+            loss, _ = sft_loss(logp, chosen_dev[part, :width], n)
+            (self.sft_coef * loss).backward()
+        yield from micro_batches(mask, rows, micro_batch_tokens, device)

@@ -8,7 +8,7 @@ import sys
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import load  # noqa: E402
+from common import InputError, load  # noqa: E402
 from common.data import load_prompts, tokenize_demonstration  # noqa: E402
 from common.models import ensure_checkpoint, load_or_create_model  # noqa: E402
 from common.tokenizer import decode_responses  # noqa: E402
@@ -17,45 +17,62 @@ from common.verifier import checked_score, is_right  # noqa: E402
 from sft import score  # noqa: E402
 
 
-def load_initial(cfg, device):
-    """In place of load_or_create_model: runs sft.py first if the default --init is missing."""
-    ensure_checkpoint(cfg.init, "sft.py", "out/sft", cfg.seed)
-    return load_or_create_model(cfg, device)
+class ExpertIteration:
+    """The demonstrations of sft.py come from a policy. Both methods replace functions of the
+    script."""
 
+    def load_or_create_model(self, cfg, device):
+        """Runs sft.py first if the default --init is missing."""
+        ensure_checkpoint(cfg.init, "sft.py", "out/sft", cfg.seed)
+        self.device = device
+        return load_or_create_model(cfg, device)
 
-def sampled_demonstrations(cfg, tokenizer, block_size, built_in, sampler="", prompts=1600, skip=0,
-                           samples=8, keep=4, control=False):
-    """In place of load_demonstrations: sample responses to prompts from the policy `sampler` (""
-    means --init), and keep of each prompt at most `keep` distinct ones that are right; with control
-    as many random ones. Held-out rows are the built-in ones, or sampled too."""
-    policy, _ = load(sampler or cfg.init, kind="GPT")
-    splits = load_prompts(cfg, tokenizer, score, block_size)
-    generator = torch.Generator().manual_seed(cfg.seed)
-    demonstrations = []
-    for i, rows in enumerate(splits):
-        if i and built_in:
-            demonstrations.append([tokenize_demonstration(row, tokenizer) for row in built_in[i]])
-            continue
-        rows = rows[skip:skip + prompts] if i == 0 else rows
-        kept = []
-        for row, texts in zip(rows, sample_texts(policy, tokenizer, rows, samples, cfg, generator)):
-            kept += keep_right(row, texts, keep, control, generator)
-        if i == 0:
-            print(f"expert iteration: {len(kept)} responses kept of {len(rows) * samples}")
-        demonstrations.append([tokenize_demonstration(row, tokenizer) for row in kept])
-    return demonstrations
+    def load_demonstrations(self, cfg, tokenizer, block_size, built_in, sampler="", prompts=1600,
+                            skip=0, samples=8, keep=4, control=False):
+        """Responses of the policy `sampler` ("" means --init) to `prompts` training prompts, of
+        each at most `keep` distinct ones that are right; with control as many random ones. Held-out
+        rows are the built-in ones, or sampled too."""
+        policy, _ = load(sampler or cfg.init, self.device, "GPT")
+        train, val, test = load_prompts(cfg, tokenizer, score, block_size)
+        train = train[skip:skip + prompts]
+        generator = torch.Generator().manual_seed(cfg.seed)
+
+        def demonstrate(rows):
+            kept = []
+            texts = sample_texts(policy, tokenizer, rows, samples, cfg, generator)
+            for row, responses in zip(rows, texts):
+                for text in keep_right(row, responses, keep, control, generator):
+                    kept.append(row | {"response": text})
+            return kept
+
+        kept = demonstrate(train)
+        print(f"expert iteration: {len(kept)} of {len(train) * samples} responses are kept")
+        if not kept:
+            raise InputError(f"expert: none of {len(train) * samples} responses is right; train "
+                             "--init further, or give --data with easier prompts")
+        if built_in:
+            _, val, test = built_in
+        else:
+            val, test = demonstrate(val), demonstrate(test)
+        splits = []
+        for rows in (kept, val, test):
+            splits.append([tokenize_demonstration(row, tokenizer) for row in rows])
+        return splits
 
 
 def keep_right(row, texts, keep, control, generator):
-    """At most `keep` distinct right responses to one prompt, as rows; control: as many of all that
-    ended, drawn at random."""
+    """At most `keep` distinct right ones of the responses to a prompt; with control as many of all
+    that ended, drawn at random."""
     ended = [text for text in texts if text]
-    right = {text: None for text in ended if is_right(checked_score(score, row, text))}
-    kept = list(right)[:keep]
-    if control:
-        order = torch.randperm(len(ended), generator=generator).tolist()
-        kept = [ended[i] for i in order[:len(kept)]]
-    return [row | {"response": text} for text in kept]
+    right = []
+    for text in ended:
+        if text not in right and is_right(checked_score(score, row, text)):
+            right.append(text)
+    right = right[:keep]
+    if not control:
+        return right
+    order = torch.randperm(len(ended), generator=generator)
+    return [ended[i] for i in order[:len(right)]]
 
 
 def sample_texts(policy, tokenizer, rows, samples, cfg, generator):
@@ -63,7 +80,7 @@ def sample_texts(policy, tokenizer, rows, samples, cfg, generator):
     truncated."""
     uniform = torch.rand(len(rows) * samples, cfg.max_new_tokens, generator=generator,
                          dtype=torch.float64)
-    longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
+    longest = max([len(row["ids"]) for row in rows], default=0) + cfg.max_new_tokens
     size = eval_batch_size(policy, longest, samples)                      # prompts at a time
     texts = []
     for i in range(0, len(rows), size):

@@ -51,12 +51,13 @@ import ppo  # noqa: E402
 import preference_variants as preference  # noqa: E402
 import sft  # noqa: E402
 from common.run import main  # noqa: E402
-from expert_iteration import load_initial, sampled_demonstrations  # noqa: E402
+from expert_iteration import ExpertIteration  # noqa: E402
 
 process = policy.ProcessSupervision()
 distillation = policy.Distillation()
 replay = policy.Replay()
 kto = preference.KTO()
+expert = ExpertIteration()
 # name: script, and the functions that are replaced in it
 VARIANTS = {
     "reinforce": (grpo, {"group_advantage": policy.no_baseline,
@@ -85,8 +86,8 @@ VARIANTS = {
                   "pad_pairs": kto.pad_pairs, "dpo_loss": kto.dpo_loss}),
     "simpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.simpo_loss}),
     "orpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.orpo_loss}),
-    "expert": (sft, {"load_or_create_model": load_initial,
-                     "load_demonstrations": sampled_demonstrations}),
+    "expert": (sft, {"load_or_create_model": expert.load_or_create_model,
+                     "load_demonstrations": expert.load_demonstrations}),
 }
 # flags of the script that have another default
 FLAGS = {

@@ -498,13 +498,13 @@ def test_right_responses_are_kept_once_and_the_control_keeps_as_many():
     texts = ["#20", "13,20#20", None, "#25", "13,20#20", "12,19#19", "#20"]
     generator = torch.Generator().manual_seed(0)
     kept = keep_right(row, texts, 4, False, generator)
-    assert [x["response"] for x in kept] == ["#20", "13,20#20"]
-    assert keep_right(row, texts, 1, False, generator)[0]["response"] == "#20"
+    assert kept == ["#20", "13,20#20"]
+    assert keep_right(row, texts, 1, False, generator) == ["#20"]
     drawn = set()
     for _ in range(60):
         control = keep_right(row, texts, 4, True, generator)
         assert len(control) == 2
-        drawn |= {x["response"] for x in control}
+        drawn |= set(control)
     assert drawn == set(filter(None, texts))                   # right or wrong, but they ended
 
 

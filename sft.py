@@ -171,9 +171,12 @@ def train(cfg):
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)
     splits = train_rows, val_rows, test_rows
     run = Run(cfg, cfg.steps, model, optimizer, tokenizer, splits, COLUMNS)
-    run.write_rows(DEMONSTRATIONS, [                     # held out; for the scripts that follow
-        {name: row[name] for name in ("prompt", "response", "messages") if name in row}
-        for row in (val_rows or train_rows)[:500]])
+    held_out = []                                               # for the scripts that follow
+    for row in val_rows[:500]:
+        fields = ("prompt", "response", "messages")
+        held_out.append({name: row[name] for name in fields if name in row})
+    if held_out:
+        run.write_rows(DEMONSTRATIONS, held_out)
 
     def evaluate_loss(rows):
         return {"loss": mean_nll(model, rows, cfg.micro_batch_tokens)} if rows else {}

@@ -183,8 +183,8 @@ def tokenize_demonstration(row, tokenizer):
     return row | {"ids": ids, "tokens": tokens, "mask": mask, "turns": turns}
 
 
-def load_demonstrations(cfg, tokenizer, block_size, built_in):
-    """Rows to train on, to validate on and to report on, those of --data or the built-in ones."""
+def tokenize_demonstrations(rows, tokenizer, block_size):
+    """Rows of prompt and response with their "tokens" and "mask", of those that fit."""
     def has_text(row):
         return row["prompt"] and row["response"].strip()
 
@@ -194,11 +194,16 @@ def load_demonstrations(cfg, tokenizer, block_size, built_in):
     def encode(row):
         return tokenize_demonstration(row, tokenizer)
 
+    rows = filter_rows(rows, has_text, "the prompt or the response is empty")
+    rows = tokenize_rows(rows, tokenizer, encode)
+    rows = filter_rows(rows, lambda row: row["ids"], "the prompt has no token")
+    return filter_rows(rows, fits, f"longer than {block_size} tokens (--block_size)")
+
+
+def load_demonstrations(cfg, tokenizer, block_size, built_in):
+    """Rows to train on, to validate on and to report on, those of --data or the built-in ones."""
     def prepare(rows):
-        rows = filter_rows(rows, has_text, "the prompt or the response is empty")
-        rows = tokenize_rows(rows, tokenizer, encode)
-        rows = filter_rows(rows, lambda row: row["ids"], "the prompt has no token")
-        return filter_rows(rows, fits, f"longer than {block_size} tokens (--block_size)")
+        return tokenize_demonstrations(rows, tokenizer, block_size)
 
     if not cfg.data:
         train, val, test = [prepare(rows) for rows in built_in]
@@ -220,9 +225,7 @@ def load_retained(cfg, tokenizer, block_size):
     if not path:
         return []
     rows = read_rows(path, "prompt", "response")
-    rows = tokenize_rows(rows, tokenizer, lambda row: tokenize_demonstration(row, tokenizer))
-    reason = f"{path}: longer than {block_size} tokens"
-    return spread(filter_rows(rows, lambda row: len(row["tokens"]) <= block_size, reason), 500)
+    return spread(tokenize_demonstrations(rows, tokenizer, block_size), 500)
 
 
 def report_rewritten_turns(rows):

@@ -106,7 +106,7 @@ def mark_truncated(tokenizer, tokens, mask, texts):
 
 
 def mean_nll(model, rows, micro_batch_tokens=0):
-    """Nats per response token on demonstrations with "tokens" and "mask"."""
+    """Nats per response token on rows with "tokens" and "mask"; 0 where no mask has a token."""
     total = count = 0
     for i in range(0, len(rows), 256):
         chunk = rows[i:i + 256]
@@ -114,7 +114,7 @@ def mean_nll(model, rows, micro_batch_tokens=0):
         logp = compute_logp(model, tokens.to(model.device), mask, 1.0, micro_batch_tokens)
         total -= logp.sum().item()
         count += int(mask.sum())
-    return total / count
+    return total / max(1, count)
 
 
 def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, reference=None,
@@ -130,8 +130,11 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     prompt. retained_loss: nats per token on the demonstrations `retained`. Sampling uses random
     numbers of its own, by --seed: evaluation changes nothing in a training run, and repeats itself.
     """
+    forgotten = {}
+    if retained:
+        forgotten["retained_loss"] = mean_nll(policy, retained, cfg.micro_batch_tokens)
     if not rows:
-        return {}, []
+        return forgotten, []
     uniform = repeated_uniform(len(rows) * samples, cfg.max_new_tokens, cfg.seed)
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = eval_batch_size(policy, longest, samples)
@@ -184,6 +187,4 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
         metrics["score"] = sum(scores) / len(scores)
     if kl:
         metrics["kl_seq"] = sum(kl) / len(kl)
-    if retained:
-        metrics["retained_loss"] = mean_nll(policy, retained, cfg.micro_batch_tokens)
-    return metrics, greedy_texts
+    return metrics | forgotten, greedy_texts

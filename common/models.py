@@ -125,9 +125,14 @@ def load_reward_model(cfg, policy, tokenizer):
         return None
     if not cfg.data and cfg.init == type(cfg).init:
         ensure_checkpoint(cfg.reward, "reward.py", "out/reward", cfg.seed)
-    model, own = load(cfg.reward, policy.device, "ScalarModel")
+    return read_reward_model(cfg.reward, policy, tokenizer)
+
+
+def read_reward_model(path, policy, tokenizer):
+    """The frozen reward model in a folder, which must fit the policy."""
+    model, own = load(path, policy.device, "ScalarModel")
     if not all(p.isfinite().all() for p in model.parameters()):
-        raise InputError(f"--reward {cfg.reward}: its weights are not finite")
+        raise InputError(f"--reward {path}: its weights are not finite")
     for name, theirs, ours in (
             ("tokenizer", own.name, tokenizer.name),
             ("chat", own.turns, tokenizer.turns),
@@ -135,7 +140,7 @@ def load_reward_model(cfg, policy, tokenizer):
             ("n_embd", model.trunk.cfg.n_embd, policy.cfg.n_embd),
             ("block_size", model.trunk.cfg.block_size, policy.cfg.block_size)):
         if theirs != ours:
-            raise InputError(f"--reward {cfg.reward}: made for {name} {theirs!r}, the policy has "
+            raise InputError(f"--reward {path}: made for {name} {theirs!r}, the policy has "
                              f"{ours!r}; make one by reward.py with the same --init, --chat and "
                              "--system")
     return freeze(model)

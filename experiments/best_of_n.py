@@ -7,8 +7,8 @@ et al. 2022, arXiv 2210.10760).
     python experiments/best_of_n.py out/smollm2 --data test.jsonl --reward out/smollm2_reward
 
 For n = 1, 2, 4, ...: accuracy and score of the response that the reward model prefers; accuracy of
-the one that the rule prefers, which is pass@n; and the KL to the policy, log n - (n-1)/n nats. That
-is exact if no two responses have one score, and else an upper bound (arXiv 2401.01879).
+the one that the rule prefers, which is pass@n; and log n - (n-1)/n nats, an upper bound of the KL
+to the policy, near it where no response is likely (arXiv 2401.01879).
 
 All come from the same samples: the mean over every subset of n of them, in closed form.
 """
@@ -25,6 +25,7 @@ import grpo  # noqa: E402
 from common import InputError, load  # noqa: E402
 from common.data import filter_rows, read_rows, running_sums, tokenize_prompts  # noqa: E402
 from common.evaluate import repeated_uniform  # noqa: E402
+from common.models import read_reward_model  # noqa: E402
 from common.tokenizer import decode_responses  # noqa: E402
 from common.train import eval_batch_size, score_responses  # noqa: E402
 from common.verifier import checked_score, is_right  # noqa: E402
@@ -44,6 +45,7 @@ def mean_best_of(n, score, value):
 
 
 def kl_of_best_of(n):
+    """The upper bound of the KL to the policy that was sampled, in nats."""
     return math.log(n) - (n - 1) / n
 
 
@@ -66,21 +68,23 @@ def sample_and_score(policy, tokenizer, reward_model, rows, samples, max_new_tok
             row = chunk[k // samples]
             ended.append(text is not None)
             right.append(text is not None and is_right(checked_score(grpo.score, row, text)))
+    if not any(ended):
+        raise InputError(f"no response ended within --max_new_tokens {max_new_tokens}")
     score, ended = torch.cat(scores), torch.tensor(ended)
     score = torch.where(ended, score, score[ended].min())
     return score.view(-1, samples), torch.tensor(right, dtype=torch.float32).view(-1, samples)
 
 
 def curve(score, right):
-    """A row for every power of two up to the number of samples."""
-    rows, n = [], 1
-    while n <= score.size(1):
+    """A row for every power of two up to the number of samples, and for that number."""
+    N = score.size(1)
+    rows = []
+    for n in [2 ** k for k in range(N.bit_length()) if 2 ** k < N] + [N]:
         rows.append({
             "n": n, "kl": kl_of_best_of(n),
             "score": mean_best_of(n, score, score).mean().item(),
             "accuracy": mean_best_of(n, score, right).mean().item(),
             "by the rule": mean_best_of(n, right, right).mean().item()})
-        n *= 2
     return rows
 
 
@@ -93,13 +97,16 @@ def load_rows(path, tokenizer, max_new_tokens, block_size):
 
 
 def main(cfg):
+    for name in ("samples", "max_new_tokens"):
+        if getattr(cfg, name) < 1:
+            raise InputError(f"--{name} {getattr(cfg, name)}: must be at least 1")
     policy, tokenizer = load(cfg.model, kind="GPT")
-    reward_model, _ = load(cfg.reward, kind="ScalarModel")
+    reward_model = read_reward_model(cfg.reward, policy, tokenizer)
     rows = load_rows(cfg.data, tokenizer, cfg.max_new_tokens, policy.cfg.block_size)
     score, right = sample_and_score(policy, tokenizer, reward_model, rows, cfg.samples,
                                     cfg.max_new_tokens, cfg.seed)
     print(f"{cfg.model}, {len(rows)} prompts, {cfg.samples} samples each")
-    print("   n  KL, nats   score  accuracy  by the rule")
+    print("   n      KL <   score  accuracy  by the rule")
     for row in curve(score, right):
         print(f"{row['n']:4}  {row['kl']:8.3f}  {row['score']:6.2f}  {row['accuracy']:8.3f}  "
               f"{row['by the rule']:11.3f}")

@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common import InputError, load  # noqa: E402
 from common.data import load_prompts, tokenize_demonstration  # noqa: E402
 from common.models import ensure_checkpoint, load_or_create_model  # noqa: E402
-from common.tokenizer import decode_responses  # noqa: E402
+from common.tokenizer import before_response, decode_responses  # noqa: E402
 from common.train import eval_batch_size  # noqa: E402
 from common.verifier import checked_score, is_right  # noqa: E402
 from sft import score  # noqa: E402
@@ -23,7 +23,8 @@ class ExpertIteration:
 
     def load_or_create_model(self, cfg, device):
         """Runs sft.py first if the default --init is missing."""
-        ensure_checkpoint(cfg.init, "sft.py", "out/sft", cfg.seed)
+        if not cfg.data:
+            ensure_checkpoint(cfg.init, "sft.py", "out/sft", cfg.seed)
         self.device = device
         return load_or_create_model(cfg, device)
 
@@ -31,33 +32,41 @@ class ExpertIteration:
                             skip=0, samples=8, keep=4, control=False):
         """Responses of the policy `sampler` ("" means --init) to `prompts` training prompts, of
         each at most `keep` distinct ones that are right; with control as many random ones. Held-out
-        rows are the built-in ones, or sampled too."""
-        policy, _ = load(sampler or cfg.init, self.device, "GPT")
+        rows are the built-in demonstrations, or the prompts of --data, which have no loss."""
+        policy, own = load(sampler or cfg.init, self.device, "GPT")
+        if (own.name, own.n_vocab) != (tokenizer.name, tokenizer.n_vocab):
+            raise InputError(f"--sampler {sampler}: its tokenizer is not that of --init")
         train, val, test = load_prompts(cfg, tokenizer, score, block_size)
+        if skip >= len(train):
+            raise InputError(f"--skip {skip}: there are {len(train)} training prompts")
         train = train[skip:skip + prompts]
         generator = torch.Generator().manual_seed(cfg.seed)
-
-        def demonstrate(rows):
-            kept = []
-            texts = sample_texts(policy, tokenizer, rows, samples, cfg, generator)
-            for row, responses in zip(rows, texts):
-                for text in keep_right(row, responses, keep, control, generator):
-                    kept.append(row | {"response": text})
-            return kept
-
-        kept = demonstrate(train)
-        print(f"expert iteration: {len(kept)} of {len(train) * samples} responses are kept")
+        kept = []
+        texts = sample_texts(policy, tokenizer, train, samples, cfg, generator)
+        for row, responses in zip(train, texts):
+            for text in keep_right(row, responses, keep, control, generator):
+                kept.append(tokenize_demonstration(with_response(row, text), tokenizer))
+        n = len(train) * samples
+        print(f"expert iteration: {len(kept)} of {n} responses are kept")
         if not kept:
-            raise InputError(f"expert: none of {len(train) * samples} responses is right; train "
-                             "--init further, or give --data with easier prompts")
+            raise InputError(f"expert: none of {n} responses is right; train --init further, or "
+                             "give easier prompts")
         if built_in:
-            _, val, test = built_in
-        else:
-            val, test = demonstrate(val), demonstrate(test)
-        splits = []
-        for rows in (kept, val, test):
-            splits.append([tokenize_demonstration(row, tokenizer) for row in rows])
-        return splits
+            return [kept] + [[tokenize_demonstration(row, tokenizer) for row in rows]
+                             for rows in built_in[1:]]
+        return [kept] + [[row | {"tokens": row["ids"], "mask": [0] * len(row["ids"])}
+                          for row in rows] for rows in (val, test)]
+
+
+def with_response(row, text):
+    """The row as a demonstration; of a conversation the new response alone is trained."""
+    if "messages" not in row:
+        return row | {"response": text}
+    messages = []
+    for message in before_response(row["messages"]):
+        messages.append(message | {"weight": 0} if message["role"] == "assistant" else message)
+    messages.append({"role": "assistant", "content": text})
+    return row | {"response": text, "messages": messages}
 
 
 def keep_right(row, texts, keep, control, generator):
@@ -80,7 +89,7 @@ def sample_texts(policy, tokenizer, rows, samples, cfg, generator):
     truncated."""
     uniform = torch.rand(len(rows) * samples, cfg.max_new_tokens, generator=generator,
                          dtype=torch.float64)
-    longest = max([len(row["ids"]) for row in rows], default=0) + cfg.max_new_tokens
+    longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = eval_batch_size(policy, longest, samples)                      # prompts at a time
     texts = []
     for i in range(0, len(rows), size):

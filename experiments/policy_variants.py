@@ -13,10 +13,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common import InputError, load  # noqa: E402
-from common.data import filter_rows, tokenize_demonstration, tokenize_rows  # noqa: E402
+from common.data import load_prompts, tokenize_demonstrations  # noqa: E402
 from common.models import ensure_checkpoint, load_policy  # noqa: E402
 from common.rows import read_rows  # noqa: E402
-from common.train import batches, compute_reward, freeze, micro_batches, pad_batch  # noqa: E402
+from common.train import (batches, compute_reward, freeze, measure_reward,  # noqa: E402
+                          micro_batches, pad_batch)
 from dapo import dapo_loss  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
 from model import autocast  # noqa: E402
@@ -58,8 +59,8 @@ def centred_advantage(reward, group_size):
 
 
 def returns_to_go(reward, value, mask, gamma, lam):
-    """REINFORCE++, in place of ppo.gae: A_t = Σ_{k >= t} R_k, the reward minus the KL penalty of
-    this token and of those that follow. ppo.py whitens it over the rollout. The critic is still
+    """REINFORCE++, in place of ppo.gae: A_t = Σ_{k >= t} γ^(k-t) R_k, the reward minus the KL
+    penalty of this token and of those that follow. ppo.py whitens it over the rollout. The critic is still
     trained, and used for nothing but explained_var."""
     return gae(reward, torch.zeros_like(value), mask, gamma, 1.0)
 
@@ -68,6 +69,13 @@ class ProcessSupervision:
     """DeepSeekMath §4.1.3: a reward at the end of every step, and A_it is the sum of the normalised
     rewards of the steps that end at or after token t. A step is a running total of the built-in
     task, right or wrong given the prompt; the last step is the response, by the rule."""
+
+    def load_policy(self, cfg, device):
+        policy, tokenizer = load_policy(cfg, device)
+        if cfg.data or tokenizer.name != "bytes":
+            raise InputError("process: steps are known for the built-in task alone, without --data "
+                             "and with bytes as tokens")
+        return policy, tokenizer
 
     def compute_reward(self, cfg, reward_model, score, rows, tokens, mask, responses,
                        truncated_reward):
@@ -94,8 +102,6 @@ class ProcessSupervision:
 def running_totals(row, ids):
     """The running totals of a response to the built-in task, whose tokens are bytes: the index of
     the token that ends each, a comma or #, and 1.0 if the total is right."""
-    if "_two_digits" not in row:
-        raise InputError("process: only the built-in task has steps that are right or wrong")
     terms = [int(x) for x in row["prompt"][:-1].split("+")]
     expected = [f"{total:02d}" for total in itertools.accumulate(terms)][1:]
     found, total = [], ""
@@ -209,27 +215,37 @@ def sampler_weight(old_logp, sampler_logp, mask):
     return torch.where(mask > 0, old_logp - sampler_logp, 0.0).clamp(max=20).exp()
 
 
+def weight_stats(exact, weight, mask):
+    """Mean of the weights that are used, and share of those that were changed."""
+    tokens = mask.sum().clamp(min=1)
+    return {"weight": (weight * mask).sum() / tokens,
+            "weight_cut": ((weight != exact) * mask).sum() / tokens}
+
+
 def tis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
              cap=2.0):
     """Truncated importance sampling: the surrogate of every token times min(w, cap)."""
-    weight = sampler_weight(old_logp, sampler_logp, mask).clamp(max=cap)
-    return grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask, clip_eps,
-                     kl_beta, n, sampler_logp)
+    exact = sampler_weight(old_logp, sampler_logp, mask)
+    weight = exact.clamp(max=cap)
+    loss, stats = grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask,
+                            clip_eps, kl_beta, n, sampler_logp)
+    return loss, stats | weight_stats(exact, weight, mask)
 
 
 def mis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
              lowest=0.5, highest=2.0):
     """Masked importance sampling: times w, or 0 where w is not from lowest to highest."""
-    weight = sampler_weight(old_logp, sampler_logp, mask)
-    weight = torch.where((weight >= lowest) & (weight <= highest), weight, 0.0)
-    return grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask, clip_eps,
-                     kl_beta, n, sampler_logp)
+    exact = sampler_weight(old_logp, sampler_logp, mask)
+    weight = torch.where((exact >= lowest) & (exact <= highest), exact, 0.0)
+    loss, stats = grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask,
+                            clip_eps, kl_beta, n, sampler_logp)
+    return loss, stats | weight_stats(exact, weight, mask)
 
 
 def stale_policy(cfg, device, stale=0):
     """In place of load_policy: a policy whose rollouts are sampled by its weights of `stale`
     rollouts ago. Evaluation, which is greedy or brings its own random numbers, sees the weights of
-    now."""
+    now. The log's kl is then a mean over the sampler's responses, no KL of the policy."""
     policy, tokenizer = load_policy(cfg, device)
     if not stale:
         return policy, tokenizer
@@ -252,19 +268,53 @@ def stale_policy(cfg, device, stale=0):
 class Distillation:
     """On-policy distillation (GKD with the student's own samples and the reverse KL): the teacher
     takes the reference's place, and A_t = log π_teacher(y_t) - log π_old(y_t), each token for
-    itself. kl_seq of the log is then the KL to the teacher. The reward is only logged."""
+    itself. kl_seq of the log is then the KL to the teacher. The reward is only logged, so prompts
+    need no answers."""
 
     def load_policy(self, cfg, device, teacher="out/grpo"):
+        if cfg.ref_every:
+            raise InputError(f"--ref_every {cfg.ref_every}: the teacher does not move")
         policy, tokenizer = load_policy(cfg, device)
-        ensure_checkpoint(teacher, "grpo.py", "out/grpo", cfg.seed)
+        if not cfg.data:
+            ensure_checkpoint(teacher, "grpo.py", "out/grpo", cfg.seed)
         self.teacher, own = load(teacher, device, "GPT")
-        if own.name != tokenizer.name or self.teacher.cfg.vocab_size != policy.cfg.vocab_size:
-            raise InputError(f"--teacher {teacher}: its tokenizer is {own.name}, the student's "
-                             f"{tokenizer.name}; they must be the same")
-        if self.teacher.cfg.block_size < policy.cfg.block_size:
-            raise InputError(f"--teacher {teacher}: it reads {self.teacher.cfg.block_size} tokens, "
-                             f"the student {policy.cfg.block_size}")
+        theirs, ours = self.teacher.cfg, policy.cfg
+        for what, its, needed in (("tokenizer", own.name, tokenizer.name),
+                                  ("chat", own.turns, tokenizer.turns),
+                                  ("system message", own.system, tokenizer.system),
+                                  ("vocab_size", theirs.vocab_size, ours.vocab_size)):
+            if its != needed:
+                raise InputError(f"--teacher {teacher}: made for {what} {its!r}, the student has "
+                                 f"{needed!r}")
+        if theirs.block_size < ours.block_size:
+            raise InputError(f"--teacher {teacher}: it reads {theirs.block_size} tokens, the "
+                             f"student {ours.block_size}")
         return policy, tokenizer
+
+    def load_prompts(self, cfg, tokenizer, score, block_size, need_answer=True, eval_prompts=0):
+        """Also those without an answer."""
+        return load_prompts(cfg, tokenizer, score, block_size, False, eval_prompts)
+
+    def measure_reward(self, cfg, policy, tokenizer, reward_model, score, rows):
+        """As in common/train.py; 1 and 0 where there are no answers."""
+        if self.has_answers(score, rows):
+            return measure_reward(cfg, policy, tokenizer, reward_model, score, rows)
+        return {"reward_std": 1.0, "truncated_reward": 0.0}
+
+    def compute_reward(self, cfg, reward_model, score, rows, tokens, mask, responses,
+                       truncated_reward):
+        """As in common/train.py; zeros where there are no answers."""
+        if self.has_answers(score, rows):
+            return compute_reward(cfg, reward_model, score, rows, tokens, mask, responses,
+                                  truncated_reward)
+        return torch.zeros(len(responses)), torch.zeros(len(responses)), None
+
+    def has_answers(self, score, rows):
+        return all(score(row, "") is not None for row in rows)
+
+    def group_advantage(self, reward, group_size):
+        """Not used by the loss: every response has a gradient."""
+        return torch.ones_like(reward)
 
     def freeze(self, model, bf16=True):
         """In place of the copy that grpo.py makes of the policy."""
@@ -293,10 +343,7 @@ class Replay:
             rows = read_rows(replay, "prompt", "response")
         else:
             rows = demonstrations(cfg.seed)[0]
-        rows = tokenize_rows(rows, tokenizer, lambda row: tokenize_demonstration(row, tokenizer))
-        block_size = self.policy.cfg.block_size
-        reason = f"longer than the model's {block_size} tokens"
-        rows = filter_rows(rows, lambda row: len(row["tokens"]) <= block_size, reason)
+        rows = tokenize_demonstrations(rows, tokenizer, self.policy.cfg.block_size)
         self.batches = batches(rows, cfg.minibatch, cfg.seed)
         return self.policy, tokenizer
 

@@ -3,10 +3,9 @@ Variants of dpo.py: functions and a small class that replace functions of the sc
 runs them.
 
 They replace dpo_loss. Log-probs (P,) are sums over tokens, as in DPO, or means (mean_logp, in place
-of sequence_logp). label_smoothing is not used.
+of sequence_logp): then logp_w and logp_l of the log are per token. label_smoothing is not used.
 """
 import copy
-import itertools
 import os
 import sys
 
@@ -18,10 +17,10 @@ from common import InputError  # noqa: E402
 from common.data import filter_rows, split_rows, tokenize_rows  # noqa: E402
 from common.models import load_policy  # noqa: E402
 from common.preferences import load_pairs  # noqa: E402
-from common.rows import normalise, read_objects  # noqa: E402
+from common.rows import normalise, read_objects, require_text  # noqa: E402
 from common.tokenizer import encode_response  # noqa: E402
-from common.train import compute_logp, freeze, pad_batch, pad_pairs  # noqa: E402
-from dpo import dpo_loss  # noqa: E402
+from common.train import batches, compute_logp, freeze, pad_batch  # noqa: E402
+from dpo import dpo_loss, evaluate_pairs  # noqa: E402
 
 
 def mean_logp(logp, mask):
@@ -58,6 +57,11 @@ def orpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
     return (-logp_w - beta * F.logsigmoid(log_odds_ratio)).sum() / n, stats
 
 
+def evaluate_without_reference(policy, pairs, cfg):
+    """As in dpo.py, with reference log-probs of 0."""
+    return evaluate_pairs(policy, [row | {"ref": (0.0, 0.0)} for row in pairs], cfg)
+
+
 def log_odds(logp):
     """log P/(1 - P) of P = exp(logp). 1 - P is -expm1(logp), exact also where P is near 1; P stays
     1e-6 below 1, or the odds would be infinite."""
@@ -72,67 +76,82 @@ class KTO:
         L = mean over responses of 1 - v,   v = σ(β (h - z0)) or, if undesirable, σ(β (z0 - h))
 
     with h = log π/π_ref of the response and z0 = max(0, mean of h over mismatched prompts and
-    responses of the batch), without gradient."""
+    responses of the optimiser batch), without gradient."""
 
     def load_policy(self, cfg, device):
         self.policy, tokenizer = load_policy(cfg, device)
         self.reference = freeze(copy.deepcopy(self.policy))
-        self.cfg = cfg
         return self.policy, tokenizer
 
     def load_pairs(self, path, test_path, tokenizer, block_size):
         """Preferences, or rows {"prompt", "completion", "label"}."""
-        if not any("label" in row for _, row in itertools.islice(read_objects(path), 1)):
-            return load_pairs(path, test_path, tokenizer, block_size)
-        splits = split_rows(read_labelled(path), read_labelled(test_path) if test_path else None)
-        return [pair_labels(rows, tokenizer, block_size) for rows in splits]
+        _, first = next(read_objects(path), ("", {}))
+        if "label" not in first or "chosen" in first:
+            splits = load_pairs(path, test_path, tokenizer, block_size)
+        else:
+            test = read_labelled(test_path) if test_path else None
+            train, *held_out = split_rows(read_labelled(path), test)
+            splits = [pair_labels(train, tokenizer, block_size, path)]
+            splits += [pair_labels(rows, tokenizer, block_size) for rows in held_out]
+        if not mismatched(splits[0], block_size):
+            raise InputError(f"{path}: all training rows have one prompt; KTO's KL is estimated "
+                             "with the responses of other prompts")
+        return splits
 
-    def pad_pairs(self, rows):
-        """As in common/train.py. z0 of these rows is kept for the loss."""
-        tokens, mask = mismatched(rows, self.policy.cfg.block_size)
-        tokens = tokens.to(self.policy.device)
-        h = 0.0
-        for sign, model in ((1, self.policy), (-1, self.reference)):
-            logp = compute_logp(model, tokens, mask, 1.0, self.cfg.micro_batch_tokens)
-            h = h + sign * logp.sum(1)                                    # (2 P,)
-        self.z0 = h.mean().clamp(min=0)
-        return pad_pairs(rows)
+    def batches(self, rows, size, seed, start=0):
+        """As in common/train.py. z0 of a batch is estimated before it is trained on."""
+        for batch in batches(rows, size, seed, start):
+            self.z0 = self.estimate(batch)
+            yield batch
+
+    def evaluate_pairs(self, policy, pairs, cfg):
+        """As in dpo.py, with the z0 of these pairs."""
+        self.z0 = self.estimate(pairs)
+        return evaluate_pairs(policy, pairs, cfg)
+
+    def estimate(self, rows):
+        """z0, a number; 0 if all rows have one prompt."""
+        sequences = mismatched(rows, self.policy.cfg.block_size)
+        total = 0.0
+        for i in range(0, len(sequences), 256):
+            tokens, mask = pad_batch(*zip(*sequences[i:i + 256]))
+            tokens = tokens.to(self.policy.device)
+            total += compute_logp(self.policy, tokens, mask).sum().item()
+            total -= compute_logp(self.reference, tokens, mask).sum().item()
+        return max(0.0, total / max(1, len(sequences)))
 
     def dpo_loss(self, logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
-        z0 = self.z0.to(logp_w.device)
-        return kto_loss(logp_w, logp_l, ref_w, ref_l, beta, z0, n)
+        return kto_loss(logp_w, logp_l, ref_w, ref_l, beta, self.z0, n)
 
 
 def kto_loss(logp_w, logp_l, ref_w, ref_l, beta, z0, n=None):
-    """The mean of 1 - v over P desirable (w) and P undesirable (l) responses."""
+    """The mean of 1 - v over P desirable (w) and P undesirable (l) responses; z0 is a number. Of
+    the statistics margin and pair_acc compare the two of a row, which may have two prompts."""
     _, stats = dpo_loss(logp_w, logp_l, ref_w, ref_l, beta)
     v_w = torch.sigmoid(beta * (logp_w - ref_w - z0))                     # (P,)
     v_l = torch.sigmoid(beta * (z0 - (logp_l - ref_l)))
     if n is None:
         n = len(v_w)
     loss = ((1 - v_w) + (1 - v_l)).sum() / (2 * n)
-    return loss, stats | {"z0": z0}
+    return loss, stats | {"z0": torch.as_tensor(z0)}
 
 
 def mismatched(rows, block_size):
-    """tokens, mask (N, T): each prompt of the rows with a response to another one. N is 2 P, less
-    what does not fit and what has no other prompt."""
-    examples = []                                                         # prompt ids, response ids
-    for row in rows:
-        for tokens, mask in zip(row["tokens"], row["mask"]):
+    """Every prompt of the rows with a response of the same label to another one, the next that
+    fits: a list of (token ids, mask). Prompts for which there is none are left out."""
+    sequences = []
+    for label in (0, 1):                                                  # desirable, undesirable
+        examples = []                                                     # prompt ids, response ids
+        for row in rows:
+            tokens, mask = row["tokens"][label], row["mask"][label]
             start = len(mask) - sum(mask)
             examples.append((tokens[:start], tokens[start:]))
-    sequences, masks = [], []
-    for i, (prompt, _) in enumerate(examples):
-        for j in range(i + 1, i + len(examples)):
-            other, response = examples[j % len(examples)]
-            if other != prompt and len(prompt + response) <= block_size:
-                sequences.append(prompt + response)
-                masks.append([0] * len(prompt) + [1] * len(response))
-                break
-    if not sequences:
-        raise InputError("kto: the KL needs a batch of at least two prompts")
-    return pad_batch(sequences, masks)
+        for i, (prompt, _) in enumerate(examples):
+            for other, response in examples[i + 1:] + examples[:i]:
+                if other != prompt and len(prompt + response) <= block_size:
+                    sequences.append((prompt + response, [0] * len(prompt) + [1] * len(response)))
+                    break
+    return sequences
 
 
 def read_labelled(path):
@@ -142,27 +161,35 @@ def read_labelled(path):
         label = raw.pop("label", None)
         if label not in (True, False):
             raise InputError(f'{location}: field "label" must be true or false, not {label!r}')
-        rows.append(normalise(raw, location, ("prompt", "response")) | {"label": bool(label)})
-    rows = filter_rows(rows, lambda row: "_dropped" not in row, "see docs/data_and_models.md")
-    return filter_rows(rows, lambda row: row["response"].strip(), "the completion is empty")
+        row = normalise(raw, location, ("prompt", "response")) | {"label": bool(label)}
+        if "_dropped" not in row:
+            require_text(row, "prompt", "response")
+        rows.append(row)
+    for reason in {row["_dropped"] for row in rows if "_dropped" in row}:
+        rows = filter_rows(rows, lambda row: row.get("_dropped") != reason, reason)
+
+    def has_text(row):
+        return row["prompt"] and row["response"].strip()
+
+    return filter_rows(rows, has_text, "the prompt or the completion is empty")
 
 
-def pair_labels(rows, tokenizer, block_size):
-    """Each desirable response beside an undesirable one, of another prompt; the rarer label is
-    repeated."""
+def pair_labels(rows, tokenizer, block_size, path=""):
+    """Each desirable response beside an undesirable one, of any prompt; the rarer label is
+    repeated. path: of training rows, an error if they have one label only."""
     def encode(row):
         tokens, mask = encode_response(tokenizer, row, row["response"])
         return row | {"tokens": tokens, "mask": mask}
 
-    rows = tokenize_rows(rows, tokenizer, encode, need=False)
+    rows = tokenize_rows(rows, tokenizer, encode, need=bool(path))
     reason = f"longer than the model's {block_size} tokens"
-    rows = filter_rows(rows, lambda row: len(row["tokens"]) <= block_size, reason, need=False)
+    rows = filter_rows(rows, lambda row: len(row["tokens"]) <= block_size, reason, bool(path))
     good = [row for row in rows if row["label"]]
     bad = [row for row in rows if not row["label"]]
-    if not good or not bad:
-        return []
+    if path and not (good and bad):
+        raise InputError(f'{path}: "label" is {bool(good)} in all training rows; KTO needs both')
     pairs = []
-    for i in range(max(len(good), len(bad))):
+    for i in range(max(len(good), len(bad)) if good and bad else 0):
         w, l = good[i % len(good)], bad[i % len(bad)]
         pairs.append(w | {"tokens": (w["tokens"], l["tokens"]), "mask": (w["mask"], l["mask"]),
                           "chosen": w["response"], "rejected": l["response"]})

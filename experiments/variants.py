@@ -50,6 +50,7 @@ import policy_variants as policy  # noqa: E402
 import ppo  # noqa: E402
 import preference_variants as preference  # noqa: E402
 import sft  # noqa: E402
+from common import InputError, flags as limits  # noqa: E402
 from common.run import main  # noqa: E402
 from expert_iteration import ExpertIteration  # noqa: E402
 
@@ -70,9 +71,15 @@ VARIANTS = {
                       "grpo_loss": policy.drgrpo_loss}),
     "constant": (grpo, {"grpo_loss": policy.drgrpo_loss}),
     "gspo": (grpo, {"grpo_loss": policy.gspo_loss}),
-    "process": (grpo, {"compute_reward": process.compute_reward,
+    "process": (grpo, {"load_policy": process.load_policy,
+                       "compute_reward": process.compute_reward,
                        "group_advantage": process.group_advantage}),
-    "distill": (grpo, {"load_policy": distillation.load_policy, "freeze": distillation.freeze,
+    "distill": (grpo, {"load_policy": distillation.load_policy,
+                       "load_prompts": distillation.load_prompts,
+                       "measure_reward": distillation.measure_reward,
+                       "compute_reward": distillation.compute_reward,
+                       "group_advantage": distillation.group_advantage,
+                       "freeze": distillation.freeze,
                        "grpo_loss": policy.distillation_loss}),
     "tis": (grpo, {"load_policy": policy.stale_policy, "grpo_loss": policy.tis_loss}),
     "mis": (grpo, {"load_policy": policy.stale_policy, "grpo_loss": policy.mis_loss}),
@@ -83,15 +90,18 @@ VARIANTS = {
     "dppo": (dapo, {"dapo_loss": policy.dppo_loss}),
     "ipo": (dpo, {"dpo_loss": preference.ipo_loss}),
     "kto": (dpo, {"load_policy": kto.load_policy, "load_pairs": kto.load_pairs,
-                  "pad_pairs": kto.pad_pairs, "dpo_loss": kto.dpo_loss}),
-    "simpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.simpo_loss}),
-    "orpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.orpo_loss}),
+                  "batches": kto.batches, "evaluate_pairs": kto.evaluate_pairs,
+                  "dpo_loss": kto.dpo_loss}),
+    "simpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.simpo_loss,
+                    "evaluate_pairs": preference.evaluate_without_reference}),
+    "orpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.orpo_loss,
+                   "evaluate_pairs": preference.evaluate_without_reference}),
     "expert": (sft, {"load_or_create_model": expert.load_or_create_model,
                      "load_demonstrations": expert.load_demonstrations}),
 }
 # flags of the script that have another default
 FLAGS = {
-    "distill": {"kl_beta": 1.0},                            # not 0, or there is no reference
+    "distill": {"kl_beta": 1.0, "max_kl": 1e6},    # the teacher is the reference, and may be far
     "stale": {"stale": 4},
     "dppo": {"clip_low": 0.2, "clip_high": 0.2},
     "ipo": {"sft_coef": 0.0},
@@ -100,6 +110,17 @@ FLAGS = {
     "orpo": {"sft_coef": 0.0},
     "expert": {"init": "out/sft", "steps": 100, "lr": 3e-4},
 }
+# flags of the script that a variant does not use, and so refuses
+UNUSED = {
+    "reinforce": ["kl_beta", "clip_eps"], "baseline": ["kl_beta", "clip_eps"],
+    "rloo": ["kl_beta", "clip_eps"], "drgrpo": ["kl_beta"], "constant": ["kl_beta"],
+    "gspo": ["kl_beta"], "distill": ["kl_beta"], "reinforce++": ["gae_lambda"],
+    "ipo": ["label_smoothing"], "kto": ["label_smoothing"],
+    "simpo": ["label_smoothing", "sft_coef"], "orpo": ["label_smoothing", "sft_coef"],
+    "expert": ["eval_prompts"],
+}
+AT_LEAST = {"cap": 1, "highest": 1, "samples": 1, "keep": 1}
+AT_MOST = {"lowest": 1}
 # of the flags that a variant adds
 HELP = {
     "teacher": "checkpoint with the policy's tokenizer",
@@ -117,6 +138,10 @@ HELP = {
     "keep": "distinct right responses kept of each prompt, at most",
     "control": "keep as many random responses instead",
 }
+
+
+limits.AT_LEAST.update(AT_LEAST)
+limits.AT_MOST.update(AT_MOST)
 
 
 def further_arguments(function, replaced):
@@ -151,15 +176,19 @@ def run(name, flags):
     # config.json names the script by its docstring, so that --resume takes it for no other
     script.__doc__ = f"{name}: a variant of {script.__doc__.strip()}"
     sys.argv[1:] = flags
+    Config = make_config(name)
 
     def train(cfg):
+        for flag in UNUSED.get(name, ()):
+            if getattr(cfg, flag) != getattr(Config, flag):
+                raise InputError(f"--{flag}: {name} does not use it")
         for function_name, function in replacements.items():
             replaced = getattr(script, function_name)
             values = {flag: getattr(cfg, flag) for flag in further_arguments(function, replaced)}
             setattr(script, function_name, functools.partial(function, **values))
         script.train(cfg)
 
-    main(train, make_config(name))
+    main(train, Config)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import preference_variants
 import sft
 import variants
 from common import InputError, load
+from common.data import split_rows, tokenize_demonstration
 from common.tokenizer import make_tokenizer
 from conftest import PPO, QUICK, SHORT, metrics, tiny
-from expert_iteration import keep_right
+from expert_iteration import keep_right, with_response
 from grpo import group_advantage, grpo_loss
 from model import GPT, GPTConfig
 from policy_variants import (Distillation, ProcessSupervision, Replay, distillation_loss,
@@ -59,6 +60,7 @@ def test_weights_change_nothing_where_the_sampler_is_the_scorer():
     for loss_function in (tis_loss, mis_loss):
         loss, stats = loss_function(logp, old, ref, adv, mask, 0.2, 0.1, None, old)
         assert torch.equal(loss, plain) and stats.pop("sampler_logp_error") == 0
+        assert stats.pop("weight") == 1 and stats.pop("weight_cut") == 0
         assert stats == plain_stats
         assert torch.equal(grad(loss, logp, retain_graph=True)[0],
                            grad(plain, logp, retain_graph=True)[0])
@@ -245,9 +247,10 @@ def test_a_step_is_a_running_total_right_or_wrong_given_the_prompt(prompt, respo
     assert running_totals(row, list(response.encode())) == expected
 
 
-def test_running_totals_need_the_built_in_task():
-    with pytest.raises(InputError, match="process"):
-        running_totals({"prompt": "What is 2+3?", "answer": "5"}, [50])
+def test_steps_need_the_built_in_task(adder):
+    cfg = grpo.Config(init=str(adder / "out/sft"), data=str(adder / "rows.jsonl"))
+    with pytest.raises(InputError, match="--data"):
+        ProcessSupervision().load_policy(cfg, "cpu")
 
 
 def test_process_supervision_by_plain_loops():
@@ -394,7 +397,7 @@ def test_mean_log_probs_are_of_the_tokens_in_the_mask():
 
 
 def kto_rows():
-    """Pairs of two prompts, the second prompt twice: ids 7.. are prompts, 30.. responses."""
+    """Pairs of two prompts, the second prompt twice: ids 7 to 9 are prompts, 11 to 17 responses."""
     rows = []
     for prompt, responses in (([7], [[11, 3], [12, 13, 3]]), ([8, 9], [[14, 3], [15, 3]]),
                               ([8, 9], [[16, 3], [17, 14, 3]])):
@@ -404,17 +407,14 @@ def kto_rows():
 
 
 def test_a_mismatched_pair_has_the_response_of_another_prompt():
-    """A roll by one would leave five of these six with their own prompt."""
-    tokens, mask = mismatched(kto_rows(), 48)
-    own = {7: {11, 12}, 8: {14, 15, 16, 17}}
-    assert len(tokens) == 6
-    for ids, chosen in zip(tokens, mask):
-        first = int(chosen.nonzero()[0])
-        assert ids[first].item() not in own[ids[0].item()] and chosen.sum() >= 2
-    with pytest.raises(InputError, match="two prompts"):
-        mismatched(kto_rows()[1:], 48)
-    tokens, mask = mismatched(kto_rows(), 3)        # what does not fit is left out
-    assert tokens.tolist() == [[7, 14, 3], [7, 14, 3]] and mask.sum() == 4
+    """A roll by one would leave two of these three with their own prompt. Responses of both labels
+    take part."""
+    pairs = [(ids[:mask.index(1)], ids[mask.index(1):]) for ids, mask in mismatched(kto_rows(), 48)]
+    desirable = [([7], [14, 3]), ([8, 9], [11, 3]), ([8, 9], [11, 3])]
+    undesirable = [([7], [15, 3]), ([8, 9], [12, 13, 3]), ([8, 9], [12, 13, 3])]
+    assert pairs == desirable + undesirable
+    assert mismatched(kto_rows()[1:], 48) == []                # one prompt
+    assert mismatched(kto_rows(), 3) == [([7, 14, 3], [0, 1, 1]), ([7, 15, 3], [0, 1, 1])]
 
 
 def test_z0_is_the_mean_of_log_ratios_over_mismatched_pairs_of_the_whole_batch(monkeypatch):
@@ -423,25 +423,27 @@ def test_z0_is_the_mean_of_log_ratios_over_mismatched_pairs_of_the_whole_batch(m
     policy = tiny()
     monkeypatch.setattr(preference_variants, "load_policy", lambda cfg, device: (policy, None))
     kto = KTO()
-    kto.load_policy(dpo.Config(micro_batch_tokens=8), "cpu")
+    kto.load_policy(dpo.Config(), "cpu")
     rows = kto_rows()
-    tokens, _ = kto.pad_pairs(rows)
-    assert kto.z0 == 0 and tokens.shape == (3, 2, 5)           # the policy is its reference
+    batch_iter = kto.batches(rows, 3, seed=0)
+    assert sorted(map(str, next(batch_iter))) == sorted(map(str, rows))
+    assert kto.z0 == 0                                         # the policy is its reference
     signs = set()
     for seed in range(6):
         torch.manual_seed(seed)
         with torch.no_grad():
             for p, q in zip(policy.parameters(), kto.reference.parameters()):
                 p.copy_(q + 0.1 * torch.randn_like(q))
-        kto.pad_pairs(rows)
-        tokens, mask = mismatched(rows, 48)
-        with torch.no_grad():
-            h = naive_logp(policy, tokens) - naive_logp(kto.reference, tokens)
-        mean = (h * mask).sum(1).mean().item()
+        mean = 0.0
+        for ids, mask in mismatched(next(batch_iter), 48):
+            with torch.no_grad():
+                ids = torch.tensor([ids])
+                h = naive_logp(policy, ids) - naive_logp(kto.reference, ids)
+            mean += (h * torch.tensor(mask)).sum().item() / 6
         signs.add(mean > 0)
         assert math.isclose(kto.z0, max(0.0, mean), abs_tol=1e-9)
         pair = [torch.tensor([x]).double() for x in (-1.0, -2.0, -1.5, -1.0)]
-        loss, stats = kto.dpo_loss(*pair, 0.1, 0.0, 3)
+        loss, stats = kto.dpo_loss(*pair, 0.1, 0.0, 3)         # of a piece of the batch
         assert stats["z0"] == kto.z0
         assert torch.equal(loss, kto_loss(*pair, 0.1, kto.z0, 3)[0])
     assert signs == {True, False}
@@ -468,6 +470,21 @@ def test_unpaired_rows_are_read_by_their_labels(tmp_path, capsys):
     path.write_text('{"prompt": "1+1=", "completion": "2", "label": "yes"}\n')
     with pytest.raises(InputError, match='rows.jsonl:1.*"label"'):
         read_labelled(str(path))
+    path.write_text('{"prompt": "1+1=", "label": true}\n')
+    with pytest.raises(InputError, match='rows.jsonl:1.*"response"'):
+        read_labelled(str(path))
+    for label in (True, False):
+        lines = [json.dumps(row | {"label": label}) for row in rows]
+        path.write_text("\n".join(lines))
+        with pytest.raises(InputError, match=f'rows.jsonl.*"label" is {label}'):
+            kto.load_pairs(str(path), "", tokenizer, 64)
+    lines = [json.dumps(row | {"prompt": "1+1="}) for row in rows]
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError):                            # one prompt: of one split, or no KL
+        kto.load_pairs(str(path), "", tokenizer, 64)
+    pairs = [{"prompt": f"{i}=", "chosen": "1", "rejected": "2", "label": 1} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    assert all(row["chosen"] == "1" for row in kto.load_pairs(str(path), "", tokenizer, 64)[0])
 
 
 def eval_sum(prompt):
@@ -491,6 +508,18 @@ def test_the_expected_gradient_of_expert_iteration_is_that_of_the_mean_reward():
             loss, _ = sft_loss(logp[i:i + 1], mask[i:i + 1], n=1)
             total = total - p[i].detach() * loss
     torch.testing.assert_close(flat(grad(total, params)), exact, rtol=0, atol=1e-12)
+
+
+def test_of_a_conversation_the_sampled_response_alone_is_trained():
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"},
+             {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "old"}]
+    tokenizer = make_tokenizer("bytes")
+    for messages in (turns, turns[:3]):
+        row = with_response({"prompt": "2+3=", "messages": messages, "ids": []}, "5")
+        row = tokenize_demonstration(row, tokenizer)
+        trained = [x for x, m in zip(row["tokens"], row["mask"]) if m]
+        assert tokenizer.decode(trained[:-1]) == "5"
+        assert "old" not in tokenizer.decode(row["tokens"])
 
 
 def test_right_responses_are_kept_once_and_the_control_keeps_as_many():
@@ -556,6 +585,7 @@ def test_a_truncated_response_is_never_better_than_one_that_ended(reward_model, 
     assert score.shape == right.shape == (40, 8) and 0 < right.mean() < 1
     rows = best_of_n.curve(score, right)
     assert [row["n"] for row in rows] == [1, 2, 4, 8]
+    assert [row["n"] for row in best_of_n.curve(score[:, :5], right[:, :5])] == [1, 2, 4, 5]
     for a, b in zip(rows, rows[1:]):
         assert b["score"] >= a["score"] and b["by the rule"] >= a["by the rule"]
     assert math.isclose(rows[0]["accuracy"], right.mean().item(), abs_tol=1e-6)
@@ -688,3 +718,38 @@ def test_compare_runs_what_a_run_needs_before_it():
     named = [name for table in compare.TABLES.values() for name in table]
     assert set(named) <= set(compare.RUNS)
     assert set(compare.MAIN_TABLES) <= set(compare.TABLES)
+
+
+def test_a_flag_that_a_variant_does_not_use_is_refused(variant, adder):
+    flags = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
+    for name, flag in (("rloo", "--kl_beta"), ("gspo", "--kl_beta"), ("kto", "--label_smoothing"),
+                       ("distill", "--kl_beta"), ("orpo", "--sft_coef"),
+                       ("expert", "--eval_prompts")):
+        line = variant(name, *flags, flag, 0.3 if flag != "--eval_prompts" else 3)
+        assert line == f"variants.py: {flag}: {name} does not use it"
+    for name, flag, x in (("mis", "--lowest", 3), ("tis", "--cap", .5), ("expert", "--samples", 0),
+                          ("distill", "--ref_every", 2)):
+        assert variant(name, *flags, flag, x).startswith(f"variants.py: {flag} {x}"), name
+    assert "--skip 9999" in variant("expert", *flags, "--skip", 9999)
+
+
+def test_a_teacher_needs_no_answers(variant, adder, tmp_path):
+    rows = [json.dumps({"prompt": f"{i}+{j}="}) for i in range(12) for j in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    logged = variant("distill", "--init", adder / "out/sft", "--data", tmp_path / "prompts.jsonl",
+                     *SHORT, *QUICK, "--teacher", adder / "out/sft")
+    assert isinstance(logged, list) and logged[-1]["step"] == 6 and "accuracy" not in logged[-1]
+    assert abs(logged[1]["kl"]) < 1e-6                         # the student is its own teacher
+
+
+def test_expert_iteration_reports_on_every_held_out_prompt(variant, adder, capsys):
+    flags = ["--init", adder / "out/sft", "--data", adder / "rows.jsonl", *SHORT]
+    variant("expert", *flags, "--steps", 3, "--batch", 8, "--eval_every", 3, "--prompts", 40)
+    printed = capsys.readouterr().out
+    n = len(splits_of(adder)[2])
+    assert f"\n{n} held-out prompts" in printed and f"{n} test rows" in printed
+
+
+def splits_of(adder):
+    rows = [json.loads(line) for line in (adder / "rows.jsonl").read_text().splitlines()]
+    return split_rows(rows)

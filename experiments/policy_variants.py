@@ -60,8 +60,8 @@ def centred_advantage(reward, group_size):
 
 def returns_to_go(reward, value, mask, gamma, lam):
     """REINFORCE++, in place of ppo.gae: A_t = Σ_{k >= t} γ^(k-t) R_k, the reward minus the KL
-    penalty of this token and of those that follow. ppo.py whitens it over the rollout. The critic is still
-    trained, and used for nothing but explained_var."""
+    penalty of this token and of those that follow. ppo.py whitens it over the rollout. The critic
+    is still trained, and used for nothing but explained_var."""
     return gae(reward, torch.zeros_like(value), mask, gamma, 1.0)
 
 

@@ -127,11 +127,13 @@ TABLES = {
     "stale": ["grpo", "tis_0", "mis_0", "stale_1", "tis_1", "mis_1", "stale_4", "tis_4", "mis_4",
               "stale_16", "tis_16", "mis_16"],
     "process": ["outcome", "process"],
-    "distill": ["grpo", "distill", "sft_half", "grpo_half", "distill_half"],
+    "distill": ["outcome", "distill"],
+    "distill_half": ["grpo_half", "distill_half"],
     "expert": ["grpo", "expert_control", "expert", "round_1", "round_2", "round_3"],
     "retained": ["sft", "dpo", "ppo", "ppo_rule", "grpo", "dapo", "grpo_free", "grpo_kl_10",
                  "grpo_kl_50", "replay_10", "replay", "dpo_plain", "dpo_sft_1", "dpo_sft_10"],
 }
+BY_TOKENS = ["process", "distill", "distill_half"]
 MAIN_TABLES = ["algorithms", "lambda", "dapo", "dpo", "chain", "fresh", "ablations"]
 COLUMNS = ["greedy", "accuracy", "pass@8", "kl_seq", "retained_loss", "length", "length_wrong",
            "eos_rate", "ktokens", "seconds", "mem_gb"]
@@ -188,12 +190,34 @@ def initial(name, seed):
     return flags[flags.index("--init") + 1] if "--init" in flags else folder("sft", seed)
 
 
+def origin(name, seed):
+    """The SFT model that a run goes back to."""
+    while not RUNS[name].startswith("sft.py"):
+        name = os.path.basename(initial(name, seed)).removesuffix(f"_{seed}")
+    return folder(name, seed)
+
+
+def needed(name):
+    """The runs that a run starts from."""
+    found = re.findall(r"out/compare/(\w+)_\{seed\}", RUNS[name])
+    if not RUNS[name].startswith("sft.py") and "--init" not in RUNS[name]:
+        found.append("sft")
+    return found
+
+
 def level(name):
     """0 for a run that needs no other, else one more than the highest of those that it needs."""
-    needed = re.findall(r"out/compare/(\w+)_\{seed\}", RUNS[name])
-    if not RUNS[name].startswith("sft.py") and "--init" not in RUNS[name]:
-        needed.append("sft")
-    return 1 + max([level(other) for other in needed], default=-1)
+    return 1 + max([level(other) for other in needed(name)], default=-1)
+
+
+def with_needed(names):
+    """The runs and all that they need, each once."""
+    found = []
+    for name in names:
+        for other in with_needed(needed(name)) + [name]:
+            if other not in found:
+                found.append(other)
+    return found
 
 
 def run(name, seed, env):
@@ -213,12 +237,10 @@ def run(name, seed, env):
 
 
 def run_all(names, seeds, jobs):
-    """{name: [the result of each seed]} of these runs, the SFT models and the reward models. What
-    a run needs must be among them."""
+    """{name: [the result of each seed]} of these runs and of those that they need."""
     env = {} if jobs == 1 else {"OMP_NUM_THREADS": "1"}
-    names = list(dict.fromkeys(["sft", "reward", *names]))
     waves = {}                                                  # each needs those before it
-    for name in names:
+    for name in with_needed(["sft", "reward", *names]):
         waves.setdefault(level(name), []).append(name)
     results = {}
     with ThreadPoolExecutor(jobs) as pool:
@@ -241,7 +263,7 @@ def measure(name, seed):
     if name == "reward":
         result = measure_reward_model(out)
     else:
-        result = measure_policy(out, initial(name, seed), seed)
+        result = measure_policy(out, origin(name, seed), seed)
         rows = read_log(out)
         result["ktokens"] = ktokens(rows)
         result["mem_gb"] = rows[-1]["mem_gb"]
@@ -272,12 +294,12 @@ def measure_reward_model(out):
     return metrics
 
 
-def measure_policy(out, init, seed):
-    """Accuracy, KL to the model that it began as, loss on the held-out demonstrations, length and
-    shown working of a policy on the test prompts. Each seed has random numbers of its own, so that
-    the interval over seeds is that of new samples."""
+def measure_policy(out, sft_out, seed):
+    """Accuracy, KL to the SFT model, loss on the held-out demonstrations, length and shown working
+    of a policy on the test prompts. Each seed has random numbers of its own, so that the interval
+    over seeds is that of new samples."""
     model, tokenizer = load(out)
-    reference, _ = load(init)
+    reference, _ = load(sft_out)
     demonstrations = [tokenize_demonstration(row, tokenizer) for row in sft.demonstrations(0)[2]]
     rows = []
     for row in running_sums(1_000, "test"):
@@ -388,6 +410,39 @@ def print_table(table, results):
             models, trained = MODELS[name]
             print(f"    {name:16} {models} models in memory, {trained} trained: "
                   f"{models + 3 * trained} times the size of the weights")
+
+
+def accuracy_at(rows, budget):
+    """Accuracy on the validation prompts after so many thousand generated tokens, by linear
+    interpolation between evaluations."""
+    before = None
+    for i, row in enumerate(rows):
+        if "val_accuracy" not in row:
+            continue
+        x, y = ktokens(rows[:i + 1]), row["val_accuracy"]
+        if x >= budget:
+            if before is None:
+                return y
+            x0, y0 = before
+            return y0 + (y - y0) * (budget - x0) / (x - x0)
+        before = x, y
+    return before[1]
+
+
+def print_by_tokens(table, seeds):
+    """Accuracy at equal numbers of generated tokens, and the change from the row above."""
+    above = {}
+    for name in TABLES[table]:
+        logs = [read_log(folder(name, seed)) for seed in seeds]
+        cells = []
+        for budget in (25, 50, 100):
+            found = [accuracy_at(rows, budget) for rows in logs]
+            cell = f"{budget}k tokens {interval(found)}"
+            if above:
+                cell += f" ({interval([b - a for a, b in zip(above[budget], found)])})"
+            above[budget] = found
+            cells.append(cell)
+        print(f"    {name:16} " + " | ".join(cells))
 
 
 def print_all_metrics(name, results):
@@ -525,6 +580,8 @@ def main():
     results = run_all(list(dict.fromkeys(names)), seeds, args.jobs)
     for table in args.tables:
         print_table(table, results)
+        if table in BY_TOKENS:
+            print_by_tokens(table, seeds)
     shown = TABLES["dpo"] if "dpo" in args.tables else ["grpo"]
     for name in ["sft", "reward"] + shown:
         if name in results:

@@ -702,10 +702,21 @@ def test_help_lists_every_variant_and_its_own_flags(variant, capsys):
     assert not end.value.code
 
 
+def test_accuracy_at_equal_tokens_is_interpolated():
+    rows = [{"val_accuracy": .5}, {"tokens": 10_000}, {"tokens": 10_000, "val_accuracy": .7},
+            {"tokens": 20_000, "val_accuracy": .8}]
+    found = [compare.accuracy_at(rows, budget) for budget in (0, 5, 20, 30, 100)]
+    assert found == pytest.approx([.5, .55, .7, .75, .8])
+
+
 def test_compare_runs_what_a_run_needs_before_it():
     assert compare.level("sft") == 0 and compare.level("grpo") == 1
     assert compare.level("dpo") == 2 and compare.level("distill_half") == 2
     assert compare.level("round_3") == 3
+    assert compare.with_needed(["distill_half", "grpo"]) == ["sft", "grpo", "sft_half", "distill_half"]
+    assert compare.initial("round_3", 1) == "out/compare/round_2_1"
+    assert compare.origin("round_3", 1) == "out/compare/sft_1"
+    assert compare.origin("distill_half", 0) == "out/compare/sft_half_0"
     for name, command in compare.RUNS.items():
         script, *flags = command.format(seed=0).split()
         if script == compare.VARIANT:

@@ -88,7 +88,7 @@ class Config:
     # evaluation
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
     eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
-    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
+    retain: str = ""              # demonstrations whose loss is reported; "": those in --init
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -132,7 +132,7 @@ def soft_overlong(length, max_len, cache):
 def dapo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None, sampler_logp=None):
     """-J of Eq. 8. logp, old_logp, mask (B, T), mask 1 on response tokens; adv (B,), or (B, T) by
     token; n: response tokens in the whole optimiser batch, None if this is all of it.
-    sampler_logp (B, T): if given, its difference from old_logp is measured.
+    sampler_logp (B, T): log-probs by which the tokens were sampled, for sampler_logp_error.
     Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
@@ -148,7 +148,7 @@ def dapo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None, sampler_lo
         clipped_high = (ratio > 1 + clip_high) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
-        if sampler_logp is not None:                                      # one model: about 0
+        if sampler_logp is not None:                                      # sampler = policy: near 0
             error = (old_logp - sampler_logp).abs() * mask
             stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats

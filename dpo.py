@@ -82,7 +82,7 @@ class Config:
     max_new_tokens: int = 24      # longest response in the evaluation
     eval_every: int = 20          # steps between evaluations, and between checkpoints
     eval_prompts: int = 0         # held-out prompts that get responses, at most; 0: all
-    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
+    retain: str = ""              # demonstrations whose loss is reported; "": those in --init
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -220,8 +220,8 @@ def train(cfg):
             with autocast(policy):                              # bf16 where the hardware has it
                 logp, entropy = policy.token_logp(              # (2 p, width)
                     tokens[rows, :, :width].flatten(0, 1), index=index)
-            chosen = mask_dev[rows, :, :width].flatten(0, 1)
-            logp_w, logp_l = sequence_logp(logp, chosen).view(-1, 2).T  # (p,)
+            piece_mask = mask_dev[rows, :, :width].flatten(0, 1)  # (2 p, width)
+            logp_w, logp_l = sequence_logp(logp, piece_mask).view(-1, 2).T  # (p,)
             loss, loss_stats = dpo_loss(logp_w, logp_l, ref_w[rows], ref_l[rows], cfg.beta,
                                         cfg.label_smoothing, batch_size)
             loss_with_sft = loss - cfg.sft_coef * logp_w.sum() / n_chosen

@@ -81,7 +81,7 @@ class Config:
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
     eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
     max_kl: float = 50.0          # early stopping: largest KL to the reference, nats per response
-    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
+    retain: str = ""              # demonstrations whose loss is reported; "": those in --init
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -119,7 +119,7 @@ def kl_k3(logp, ref_logp):
 def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None):
     """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,), or
     (B, T) by token; n: responses in the whole optimiser batch, None if this is all of it.
-    sampler_logp (B, T): if given, its difference from old_logp is measured.
+    sampler_logp (B, T): log-probs by which the tokens were sampled, for sampler_logp_error.
     Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
@@ -139,7 +139,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sa
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
-        if sampler_logp is not None:                                      # one model: about 0
+        if sampler_logp is not None:                                      # sampler = policy: near 0
             error = (old_logp - sampler_logp).abs() * mask
             stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats
@@ -212,10 +212,10 @@ def train(cfg):
         stats.add(rollout_stats(reward, correct, mask_cpu, responses, cfg.group_size))
 
         # 3. advantage: no critic, the group is the baseline
-        adv = group_advantage(reward, cfg.group_size).view(B, -1)  # (B, 1)
+        adv = group_advantage(reward, cfg.group_size).view(B, -1)  # (B, 1), or (B, T) by token
         is_zero = (adv == 0).all(1)                             # (B,)
         stats.add({"frac_zero_std": is_zero.view(-1, cfg.group_size).all(1).float().mean()})
-        has_gradient = ~is_zero | (cfg.kl_beta > 0)
+        has_gradient = ~is_zero | (cfg.kl_beta > 0)             # (B,)
         adv = adv.to(device)
         rollout_end = time.perf_counter()
 

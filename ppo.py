@@ -89,7 +89,7 @@ class Config:
     eval_every: int = 10          # rollouts between evaluations, and between checkpoints
     eval_prompts: int = 0         # validation and test prompts, at most so many of each; 0: all
     max_kl: float = 50.0          # early stopping: largest KL to the reference, nats per response
-    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
+    retain: str = ""              # demonstrations whose loss is reported; "": those in --init
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -140,7 +140,7 @@ def whiten(x, mask):
 def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None, sampler_logp=None):
     """Eq. 5. logp, old_logp, adv, mask (B, T), mask 1 on response tokens; n: response tokens in the
     whole optimiser batch, None if this is all of it.
-    sampler_logp (B, T): if given, its difference from old_logp is measured.
+    sampler_logp (B, T): log-probs by which the tokens were sampled, for sampler_logp_error.
     Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
@@ -159,7 +159,7 @@ def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None, sampler_logp=None):
         stats = {"approx_kl": (approx_kl * mask).sum() / tokens,
                  "clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
-        if sampler_logp is not None:                                      # one model: about 0
+        if sampler_logp is not None:                                      # sampler = policy: near 0
             error = (old_logp - sampler_logp).abs() * mask
             stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats

@@ -79,7 +79,7 @@ class Config:
     max_new_tokens: int = 24      # longest response in the evaluation
     eval_prompts: int = 0         # validation and test rows, at most so many of each; 0: all
     eval_every: int = 300         # steps between evaluations, and between checkpoints
-    retain: str = ""              # demonstrations to report the loss on; "": those that --init has
+    retain: str = ""              # demonstrations whose loss is reported; "": those in --init
     early_stopping: bool = True   # stop a run that has gone wrong, and say by which rule
 
 
@@ -171,9 +171,8 @@ def train(cfg):
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)
     splits = train_rows, val_rows, test_rows
     run = Run(cfg, cfg.steps, model, optimizer, tokenizer, splits, COLUMNS)
-    held_out = []                                               # for the scripts that follow
+    held_out, fields = [], ("prompt", "response", "messages")   # for reward.py and --retain
     for row in val_rows[:500]:
-        fields = ("prompt", "response", "messages")
         held_out.append({name: row[name] for name in fields if name in row})
     if held_out:
         run.write_rows(DEMONSTRATIONS, held_out)

@@ -9,7 +9,7 @@ from common.rows import read_rows
 from common.tokenizer import InputError, encode_chat, encode_prompt, encode_response
 from common.verifier import checked_score
 
-DEMONSTRATIONS = "demonstrations.jsonl"           # held-out ones, which sft.py leaves in its folder
+DEMONSTRATIONS = "demonstrations.jsonl"           # held-out demonstrations in the folder of sft.py
 
 
 # ------------------------------------------------------------------------------- the built-in task
@@ -216,14 +216,13 @@ def load_demonstrations(cfg, tokenizer, block_size, built_in):
 
 
 def load_retained(cfg, tokenizer, block_size):
-    """Demonstrations of --retain, by default those that sft.py left in --init: they are not trained
-    on, and their loss tells what a run makes the model forget. [] where there is no such file."""
+    """Demonstrations whose loss shows forgetting, at most 500: those of --retain, else the held-out
+    ones that sft.py wrote to --init; [] if there are none. They are not trained on."""
     path = cfg.retain
-    if not path and cfg.init:
-        path = os.path.join(cfg.init, DEMONSTRATIONS)
-        path = path if os.path.exists(path) else ""
     if not path:
-        return []
+        path = os.path.join(cfg.init, DEMONSTRATIONS)
+        if not cfg.init or not os.path.exists(path):
+            return []
     rows = read_rows(path, "prompt", "response")
     return spread(tokenize_demonstrations(rows, tokenizer, block_size), 500)
 

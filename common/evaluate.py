@@ -106,7 +106,8 @@ def mark_truncated(tokenizer, tokens, mask, texts):
 
 
 def mean_nll(model, rows, micro_batch_tokens=0):
-    """Nats per response token on rows with "tokens" and "mask"; 0 where no mask has a token."""
+    """Mean negative log-likelihood of the tokens in the masks, nats per token; 0 if there are
+    none."""
     total = count = 0
     for i in range(0, len(rows), 256):
         chunk = rows[i:i + 256]
@@ -130,11 +131,11 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     prompt. retained_loss: nats per token on the demonstrations `retained`. Sampling uses random
     numbers of its own, by --seed: evaluation changes nothing in a training run, and repeats itself.
     """
-    forgotten = {}
+    retention = {}
     if retained:
-        forgotten["retained_loss"] = mean_nll(policy, retained, cfg.micro_batch_tokens)
+        retention["retained_loss"] = mean_nll(policy, retained, cfg.micro_batch_tokens)
     if not rows:
-        return forgotten, []
+        return retention, []
     uniform = repeated_uniform(len(rows) * samples, cfg.max_new_tokens, cfg.seed)
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = eval_batch_size(policy, longest, samples)
@@ -187,4 +188,4 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
         metrics["score"] = sum(scores) / len(scores)
     if kl:
         metrics["kl_seq"] = sum(kl) / len(kl)
-    return metrics | forgotten, greedy_texts
+    return metrics | retention, greedy_texts

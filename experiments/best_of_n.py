@@ -1,14 +1,14 @@
 """
-Best-of-n: sample n responses to a prompt and keep the one with the highest score. It trains
-nothing, and is what every algorithm here has to beat (Stiennon et al. 2020, arXiv 2009.01325; Gao
-et al. 2022, arXiv 2210.10760).
+Best-of-n: sample n responses to a prompt and keep the one with the highest score. It needs no
+training and is a baseline for every algorithm here (Stiennon et al. 2020, arXiv 2009.01325; Gao et
+al. 2022, arXiv 2210.10760).
 
     python experiments/best_of_n.py out/sft                             by out/reward
     python experiments/best_of_n.py out/smollm2 --data test.jsonl --reward out/smollm2_reward
 
 For n = 1, 2, 4, ...: accuracy and score of the response that the reward model prefers; accuracy of
 the one that the rule prefers, which is pass@n; and log n - (n-1)/n nats, an upper bound of the KL
-to the policy, near it where no response is likely (arXiv 2401.01879).
+to the policy, close if every response is improbable (arXiv 2401.01879).
 
 All come from the same samples: the mean over every subset of n of them, in closed form.
 """
@@ -32,9 +32,9 @@ from common.verifier import checked_score, is_right  # noqa: E402
 
 
 def mean_best_of(n, score, value):
-    """The value of the response with the highest score, a mean over all subsets of n of the N
-    samples. score, value (P, N) -> (P,). The k-th lowest score is the highest of C(k-1, n-1) of the
-    C(N, n) subsets; samples with one score share their mean value."""
+    """Mean over all subsets of n of the N samples: the value of the one with the highest score.
+    score, value (P, N) -> (P,). A sample with k lower ones is the highest in C(k, n-1) of the
+    C(N, n) subsets. Tied samples share their mean value."""
     N = score.size(1)
     weight = torch.tensor([math.comb(k, n - 1) / math.comb(N, n) for k in range(N)],
                           dtype=torch.float64)
@@ -78,13 +78,17 @@ def sample_and_score(policy, tokenizer, reward_model, rows, samples, max_new_tok
 def curve(score, right):
     """A row for every power of two up to the number of samples, and for that number."""
     N = score.size(1)
+    sizes, n = [], 1
+    while n < N:
+        sizes.append(n)
+        n *= 2
     rows = []
-    for n in [2 ** k for k in range(N.bit_length()) if 2 ** k < N] + [N]:
+    for n in sizes + [N]:
         rows.append({
             "n": n, "kl": kl_of_best_of(n),
             "score": mean_best_of(n, score, score).mean().item(),
             "accuracy": mean_best_of(n, score, right).mean().item(),
-            "by the rule": mean_best_of(n, right, right).mean().item()})
+            "pass@n": mean_best_of(n, right, right).mean().item()})
     return rows
 
 
@@ -106,10 +110,10 @@ def main(cfg):
     score, right = sample_and_score(policy, tokenizer, reward_model, rows, cfg.samples,
                                     cfg.max_new_tokens, cfg.seed)
     print(f"{cfg.model}, {len(rows)} prompts, {cfg.samples} samples each")
-    print("   n      KL <   score  accuracy  by the rule")
+    print("   n     KL <=   score  accuracy  pass@n")
     for row in curve(score, right):
         print(f"{row['n']:4}  {row['kl']:8.3f}  {row['score']:6.2f}  {row['accuracy']:8.3f}  "
-              f"{row['by the rule']:11.3f}")
+              f"{row['pass@n']:6.3f}")
 
 
 if __name__ == "__main__":

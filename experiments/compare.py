@@ -93,13 +93,13 @@ RUNS = {
     "grpo_half": f"grpo.py {HALF} --eval_every 5",
     "distill": f"{VARIANT} distill {TEACHER} --eval_every 5",
     "distill_half": f"{VARIANT} distill {TEACHER} {HALF} --eval_every 5",
-    # as many samples as grpo.py: at once, in three rounds, and as many random responses
+    # as many samples as grpo.py: expert iteration, random control, three rounds
     "expert": f"{VARIANT} expert",
     "expert_control": f"{VARIANT} expert --control",
     "round_1": f"{VARIANT} expert --prompts 533",
     "round_2": f"{VARIANT} expert --prompts 533 --skip 533 --init out/compare/round_1_{{seed}}",
     "round_3": f"{VARIANT} expert --prompts 534 --skip 1066 --init out/compare/round_2_{{seed}}",
-    # what is forgotten, and what prevents it
+    # forgetting: KL penalty, replay, SFT term
     "grpo_kl_10": "grpo.py --kl_beta 0.1",
     "grpo_kl_50": "grpo.py --kl_beta 0.5",
     "replay": f"{VARIANT} replay --kl_beta 0",
@@ -120,7 +120,7 @@ TABLES = {
     "fresh": ["reinforce_fresh", "baseline_fresh", "rloo_fresh", "drgrpo_fresh", "free_fresh"],
     "ablations": ["grpo", "grpo_free", "group_2", "group_32", "one_update", "four_epochs",
                   "constant", "token_mean", "wide", "dapo"],
-    # variants, by name only
+    # only with --tables
     "clips": ["dapo", "cispo", "dppo"],
     "preferences": ["dpo_plain", "dpo_slow", "ipo", "kto", "simpo", "orpo", "dpo"],
     "reinforce++": ["ppo_rule", "reinforce_pp", "grpo"],
@@ -182,7 +182,7 @@ def train(script, out, *flags, **env):
     write_json(f"{out}/seconds.json", {"seconds": time.perf_counter() - start})
 
 
-def initial(name, seed):
+def init_of(name, seed):
     """The checkpoint that a run starts from; an SFT run is measured against itself."""
     script, *flags = RUNS[name].format(seed=seed).split()
     if script == "sft.py":
@@ -193,11 +193,11 @@ def initial(name, seed):
 def origin(name, seed):
     """The SFT model that a run goes back to."""
     while not RUNS[name].startswith("sft.py"):
-        name = os.path.basename(initial(name, seed)).removesuffix(f"_{seed}")
+        name = os.path.basename(init_of(name, seed)).removesuffix(f"_{seed}")
     return folder(name, seed)
 
 
-def needed(name):
+def dependencies(name):
     """The runs that a run starts from."""
     found = re.findall(r"out/compare/(\w+)_\{seed\}", RUNS[name])
     if not RUNS[name].startswith("sft.py") and "--init" not in RUNS[name]:
@@ -205,16 +205,16 @@ def needed(name):
     return found
 
 
-def level(name):
+def depth(name):
     """0 for a run that needs no other, else one more than the highest of those that it needs."""
-    return 1 + max([level(other) for other in needed(name)], default=-1)
+    return 1 + max([depth(other) for other in dependencies(name)], default=-1)
 
 
-def with_needed(names):
+def with_dependencies(names):
     """The runs and all that they need, each once."""
     found = []
     for name in names:
-        for other in with_needed(needed(name)) + [name]:
+        for other in with_dependencies(dependencies(name)) + [name]:
             if other not in found:
                 found.append(other)
     return found
@@ -226,7 +226,7 @@ def run(name, seed, env):
     script, *flags = RUNS[name].format(seed=seed).split()
     flags += ["--seed", str(seed)]
     if script != "sft.py":
-        flags += ["--init", initial(name, seed)]
+        flags += ["--init", init_of(name, seed)]
     train(script, out, *flags, **env)
     if not os.path.exists(f"{out}/result.json"):        # in a process with threads of its own
         command = [sys.executable, __file__, "--measure", name, str(seed)]
@@ -240,8 +240,8 @@ def run_all(names, seeds, jobs):
     """{name: [the result of each seed]} of these runs and of those that they need."""
     env = {} if jobs == 1 else {"OMP_NUM_THREADS": "1"}
     waves = {}                                                  # each needs those before it
-    for name in with_needed(["sft", "reward", *names]):
-        waves.setdefault(level(name), []).append(name)
+    for name in with_dependencies(["sft", "reward", *names]):
+        waves.setdefault(depth(name), []).append(name)
     results = {}
     with ThreadPoolExecutor(jobs) as pool:
         for _, wave in sorted(waves.items()):
@@ -265,9 +265,8 @@ def measure(name, seed):
     else:
         result = measure_policy(out, origin(name, seed), seed)
         rows = read_log(out)
-        result["ktokens"] = ktokens(rows)
+        result["ktokens"] = ktokens_before(name, seed) + ktokens(rows)
         result["mem_gb"] = rows[-1]["mem_gb"]
-        result["ktokens"] += ktokens_before(name, seed)
     write_json(f"{out}/result.json", result | read_json(f"{out}/seconds.json"))
 
 
@@ -278,10 +277,11 @@ def ktokens_before(name, seed):
     if "reward_{seed}" in RUNS[name]:
         n = reward.Config.prompts * reward.Config.responses
     elif "expert" in flags:
-        n = 8 * int(flags[flags.index("--prompts") + 1]) if "--prompts" in flags else 12_800
+        n_prompts = int(flags[flags.index("--prompts") + 1]) if "--prompts" in flags else 1600
+        n = 8 * n_prompts                       # the samples and prompts of expert_iteration.py
     else:
         return 0.0
-    sampler = read_json(f"{initial(name, seed)}/result.json")
+    sampler = read_json(f"{init_of(name, seed)}/result.json")
     return sampler["ktokens"] + n * sampler["length"] / 1000    # with those of earlier rounds
 
 
@@ -414,7 +414,7 @@ def print_table(table, results):
 
 def accuracy_at(rows, budget):
     """Accuracy on the validation prompts after so many thousand generated tokens, by linear
-    interpolation between evaluations."""
+    interpolation between evaluations; beyond the last evaluation, its accuracy."""
     before = None
     for i, row in enumerate(rows):
         if "val_accuracy" not in row:
@@ -438,7 +438,7 @@ def print_by_tokens(table, seeds):
         for budget in (25, 50, 100):
             found = [accuracy_at(rows, budget) for rows in logs]
             cell = f"{budget}k tokens {interval(found)}"
-            if above:
+            if budget in above:
                 cell += f" ({interval([b - a for a, b in zip(above[budget], found)])})"
             above[budget] = found
             cells.append(cell)
@@ -534,7 +534,7 @@ def draw_dpo(seeds):
     draw("assets/dpo.png", seeds, panels)
 
 
-# a line each: runs in which one thing grows, and what that is
+# lines of the figure: the coefficient that grows, and the runs
 RETAINED = {
     "GRPO, β = 0, .02, .1, .5": ["grpo_free", "grpo", "grpo_kl_10", "grpo_kl_50"],
     "GRPO with replay, weight .1, 1": ["replay_10", "replay"],

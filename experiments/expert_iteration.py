@@ -18,8 +18,7 @@ from sft import score  # noqa: E402
 
 
 class ExpertIteration:
-    """The demonstrations of sft.py come from a policy. Both methods replace functions of the
-    script."""
+    """Sampled demonstrations for sft.py. Both methods replace functions of the script."""
 
     def load_or_create_model(self, cfg, device):
         """Runs sft.py first if the default --init is missing."""
@@ -52,14 +51,17 @@ class ExpertIteration:
             raise InputError(f"expert: none of {n} responses is right; train --init further, or "
                              "give easier prompts")
         if built_in:
-            return [kept] + [[tokenize_demonstration(row, tokenizer) for row in rows]
-                             for rows in built_in[1:]]
-        return [kept] + [[row | {"tokens": row["ids"], "mask": [0] * len(row["ids"])}
-                          for row in rows] for rows in (val, test)]
+            _, val, test = built_in
+            val = [tokenize_demonstration(row, tokenizer) for row in val]
+            test = [tokenize_demonstration(row, tokenizer) for row in test]
+            return kept, val, test
+        for row in val + test:                                            # no response, no loss
+            row |= {"tokens": row["ids"], "mask": [0] * len(row["ids"])}
+        return kept, val, test
 
 
 def with_response(row, text):
-    """The row as a demonstration; of a conversation the new response alone is trained."""
+    """The row with this response; in a conversation only the new turn has a loss."""
     if "messages" not in row:
         return row | {"response": text}
     messages = []
@@ -71,7 +73,7 @@ def with_response(row, text):
 
 def keep_right(row, texts, keep, control, generator):
     """At most `keep` distinct right ones of the responses to a prompt; with control as many of all
-    that ended, drawn at random."""
+    that ended and are not empty, drawn at random."""
     ended = [text for text in texts if text]
     right = []
     for text in ended:

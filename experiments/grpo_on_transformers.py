@@ -65,7 +65,7 @@ def kl_k3(logp, ref_logp):
 def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None):
     """-J of Eq. 3. logp, old_logp, ref_logp, mask (B, T), mask 1 on response tokens; adv (B,), or
     (B, T) by token; n: responses in the whole optimiser batch, None if this is all of it.
-    sampler_logp (B, T): if given, its difference from old_logp is measured.
+    sampler_logp (B, T): log-probs by which the tokens were sampled, for sampler_logp_error.
     Returns the loss and statistics, means over the tokens in the mask."""
     logp = torch.where(mask > 0, logp, 0.0)                               # or exp may be inf
     old_logp = torch.where(mask > 0, old_logp, 0.0)
@@ -85,7 +85,7 @@ def grpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sa
         clipped_high = (ratio > 1 + clip_eps) & (adv > 0)
         stats = {"clip_low": (clipped_low * mask).sum() / tokens,
                  "clip_high": (clipped_high * mask).sum() / tokens}
-        if sampler_logp is not None:                                      # one model: about 0
+        if sampler_logp is not None:                                      # sampler = policy: near 0
             error = (old_logp - sampler_logp).abs() * mask
             stats["sampler_logp_error"] = error.sum() / tokens
     return loss, stats

@@ -14,12 +14,13 @@ PPO optimises reward models; the rule, which none of them sees, is the gold scor
               default KL penalty
     short     the same with a penalty per token of that size
 
-Beside PPO stands best-of-n of the SFT model, n = 1 to 64, by the weak and by the accurate reward
-model (best_of_n.py): the same pressure without a policy that learns.
+Best-of-n of the SFT model, n = 1 to 64, is drawn beside PPO, by the weak and by the accurate reward
+model (best_of_n.py): it maximises the same score without training.
 
-Everything is measured on validation prompts, one response each at temperature 1: score, accuracy,
-length, and the KL to the SFT model in nats per response. Early stopping is off. Runs that are
-already in out/over_optimisation are not repeated; SFT and reward models are shared with compare.py.
+PPO is measured on one response to each validation prompt at temperature 1: score, accuracy, length,
+and the KL to the SFT model in nats per response; best-of-n on 64. Early stopping is off. Runs that
+are already in out/over_optimisation are not repeated; SFT and reward models are shared with
+compare.py.
 """
 import argparse
 import math
@@ -28,7 +29,7 @@ import os
 import best_of_n
 import grpo
 from common import load
-from common.data import running_sums
+from common.data import running_sums, tokenize_prompts
 from compare import interval, read_json, read_log, train, write_json
 
 # reward model: flags of reward.py
@@ -61,8 +62,8 @@ def best_of_n_curve(sft, reward_folder, path):
     if not os.path.exists(path):
         policy, tokenizer = load(sft)
         reward_model, _ = load(reward_folder)
-        rows = best_of_n.tokenize_prompts(running_sums(500, "val"), tokenizer,
-                                          grpo.Config.max_new_tokens, policy.cfg.block_size)
+        rows = tokenize_prompts(running_sums(500, "val"), tokenizer, grpo.Config.max_new_tokens,
+                                policy.cfg.block_size)
         score, right = best_of_n.sample_and_score(policy, tokenizer, reward_model, rows, 64,
                                                   grpo.Config.max_new_tokens, 0)
         write_json(path, best_of_n.curve(score, right))
@@ -119,17 +120,17 @@ def print_run(name, seeds):
         print_intervals(f"{name:16} {moment:5}", rows, "score", "accuracy", "kl_seq", "length")
 
 
-def print_best_of_n(name, seeds):
+def print_best_of_n(name, curves):
     """A line for each n, over seeds."""
-    for rows in zip(*(curves[name] for curves in seeds)):
+    for rows in zip(*(of_seed[name] for of_seed in curves)):
         cells = [f"{metric} {interval([row[metric] for row in rows])}"
-                 for metric in ("score", "accuracy", "by the rule")]
+                 for metric in ("score", "accuracy", "pass@n")]
         print(f"best of {rows[0]['n']:2}, {name}: KL {rows[0]['kl']:.2f} | " + " | ".join(cells))
 
 
-def draw(seeds, best, path):
-    """Proxy and gold against sqrt(KL); length against rollouts. seeds: the runs of each; best: its
-    best-of-n curves."""
+def draw(seeds, curves, path):
+    """Proxy and gold against sqrt(KL); length against rollouts. seeds: the runs of each; curves:
+    its best-of-n curves."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -146,7 +147,7 @@ def draw(seeds, best, path):
                 gold.plot(distance, column(rows, "accuracy"), **style)
             else:
                 length.plot([row["step"] for row in rows], column(rows, "length"), **style)
-        for name, rows in best[i].items():
+        for name, rows in curves[i].items():
             style = {"color": BEST_OF_N[name], "lw": 1, "ls": "--",
                      "label": None if i else f"best of n, {name}"}
             distance = [math.sqrt(row["kl"]) for row in rows]
@@ -170,12 +171,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     args = parser.parse_args()
-    qualities, seeds, best = [], [], []
+    qualities, seeds, curves = [], [], []
     for seed in range(args.seeds):
-        quality, runs, curves = run_seed(seed)
+        quality, runs, curves_of_seed = run_seed(seed)
         qualities.append(quality)
         seeds.append(runs)
-        best.append(curves)
+        curves.append(curves_of_seed)
     for name in REWARD_MODELS:
         rows = [quality[name] for quality in qualities]
         print_intervals(f"reward model {name:8}", rows, "acc", "acc_vs_rule", "length_corr",
@@ -183,8 +184,8 @@ def main():
     for name in RUNS:
         print_run(name, seeds)
     for name in BEST_OF_N:
-        print_best_of_n(name, best)
-    draw(seeds, best, "assets/over_optimisation.png")
+        print_best_of_n(name, curves)
+    draw(seeds, curves, "assets/over_optimisation.png")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from model import autocast  # noqa: E402
 from ppo import gae  # noqa: E402
 from sft import demonstrations, sft_loss  # noqa: E402
 
-# the imported functions stay the originals after variants.py has replaced them in the scripts
+# variants.py replaces functions in the scripts; the names imported here stay the originals
 
 
 # --------------------------------------------------------------------------------------- advantages
@@ -61,7 +61,7 @@ def centred_advantage(reward, group_size):
 def returns_to_go(reward, value, mask, gamma, lam):
     """REINFORCE++, in place of ppo.gae: A_t = Σ_{k >= t} γ^(k-t) R_k, the reward minus the KL
     penalty of this token and of those that follow. ppo.py whitens it over the rollout. The critic
-    is still trained, and used for nothing but explained_var."""
+    is still trained, but only explained_var uses it."""
     return gae(reward, torch.zeros_like(value), mask, gamma, 1.0)
 
 
@@ -80,20 +80,22 @@ class ProcessSupervision:
     def compute_reward(self, cfg, reward_model, score, rows, tokens, mask, responses,
                        truncated_reward):
         """As in common/train.py. The rewards of the steps are kept for group_advantage."""
-        outcome = compute_reward(cfg, reward_model, score, rows, tokens, mask, responses,
-                                 truncated_reward)
-        rows = [row for row in rows for _ in range(len(tokens) // len(rows))]
+        reward, raw, correct = compute_reward(cfg, reward_model, score, rows, tokens, mask,
+                                              responses, truncated_reward)
+        group_size = len(responses) // len(rows)
         self.step_reward = torch.zeros(mask.shape)                        # (B, T)
         self.is_step = torch.zeros(mask.shape, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            first, *_, last = mask[i].nonzero()[:, 0].tolist() * 2        # columns of the response
-            if responses[i] is not None:                                  # if truncated: no steps
-                for t, right in running_totals(row, tokens[i, first:last].tolist()):
+        for i, text in enumerate(responses):
+            columns = mask[i].nonzero()[:, 0]                             # of the response
+            first, last = int(columns[0]), int(columns[-1])
+            if text is not None:                                          # if truncated: no steps
+                row, ids = rows[i // group_size], tokens[i, first:last].tolist()
+                for t, right in running_totals(row, ids):
                     self.step_reward[i, first + t] = right
                     self.is_step[i, first + t] = True
-            self.step_reward[i, last] = outcome[0][i]
+            self.step_reward[i, last] = reward[i]
             self.is_step[i, last] = True
-        return outcome
+        return reward, raw, correct
 
     def group_advantage(self, reward, group_size):
         return process_advantage(self.step_reward, self.is_step, group_size)
@@ -121,8 +123,8 @@ def running_totals(row, ids):
 
 
 def process_advantage(step_reward, is_step, group_size):
-    """step_reward (B, T), 0 but at the steps' ends; is_step (B, T) bool -> adv (B, T). With one
-    step a response it is group_advantage."""
+    """step_reward (B, T), 0 except where a step ends; is_step (B, T) bool -> adv (B, T). With one
+    step per response it equals group_advantage."""
     B, T = step_reward.shape
     r = step_reward.view(-1, group_size * T)                              # (P, G T)
     inside = is_step.view(-1, group_size * T)
@@ -154,8 +156,8 @@ def policy_gradient_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta,
 
 def drgrpo_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
                 max_new_tokens=24):
-    """Dr. GRPO: every token is divided by one constant, the longest response, not by the length of
-    its own. No KL penalty."""
+    """Dr. GRPO: every token is divided by one constant, max_new_tokens, not by the length of its
+    response. No KL penalty."""
     length = mask.sum(1, keepdim=True)
     weighted = adv.view(len(adv), -1) * length / max_new_tokens  # cancels the 1/|o_i| of grpo_loss
     return grpo_loss(logp, old_logp, ref_logp, weighted, mask, clip_eps, 0.0, n, sampler_logp)
@@ -216,7 +218,7 @@ def sampler_weight(old_logp, sampler_logp, mask):
 
 
 def weight_stats(exact, weight, mask):
-    """Mean of the weights that are used, and share of those that were changed."""
+    """Mean of the weights used, and share of tokens whose weight was truncated or masked."""
     tokens = mask.sum().clamp(min=1)
     return {"weight": (weight * mask).sum() / tokens,
             "weight_cut": ((weight != exact) * mask).sum() / tokens}
@@ -251,8 +253,9 @@ def stale_policy(cfg, device, stale=0):
         return policy, tokenizer
     if cfg.resume:
         raise InputError("--stale: earlier weights are not in the checkpoint, so it cannot resume")
-    generate, sampler = policy.generate, copy.deepcopy(policy)
-    history = deque(maxlen=stale + 1)
+    sampler = copy.deepcopy(policy)
+    generate = policy.generate                                            # by the current weights
+    history = deque(maxlen=stale + 1)                                     # the oldest one samples
 
     def generate_stale(prompts, group_size=1, max_new_tokens=64, temperature=1.0, uniform=None):
         if uniform is not None or temperature == 0:
@@ -313,7 +316,7 @@ class Distillation:
         return all(score(row, "") is not None for row in rows)
 
     def group_advantage(self, reward, group_size):
-        """Not used by the loss: every response has a gradient."""
+        """Not used by the loss. Nonzero, because every response has a gradient."""
         return torch.ones_like(reward)
 
     def freeze(self, model, bf16=True):
@@ -332,7 +335,7 @@ def distillation_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=
 
 class Replay:
     """PPO-ptx: to the gradient of every update add sft_coef times that of the SFT loss on as many
-    demonstrations as the update has responses. --resume begins with the first demonstrations."""
+    demonstrations as the update has responses. --resume starts again from the first ones."""
 
     def load_policy(self, cfg, device, replay="", sft_coef=1.0):
         if cfg.data and not replay:

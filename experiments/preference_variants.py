@@ -2,8 +2,9 @@
 Variants of dpo.py: functions and a small class that replace functions of the script. variants.py
 runs them.
 
-They replace dpo_loss. Log-probs (P,) are sums over tokens, as in DPO, or means (mean_logp, in place
-of sequence_logp): then logp_w and logp_l of the log are per token. label_smoothing is not used.
+The losses replace dpo_loss. Their log-probs (P,) are sums over tokens, as in DPO, or means, where
+mean_logp replaces sequence_logp: then logp_w and logp_l in the log are per token. label_smoothing
+is not used.
 """
 import copy
 import os
@@ -29,7 +30,7 @@ def mean_logp(logp, mask):
 
 
 def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
-    """IPO, Eq. 17: draws h to 1 / (2β), where DPO draws it to infinity."""
+    """IPO, Eq. 17: its optimum is h = 1 / (2β), DPO's is at infinity."""
     _, stats = dpo_loss(logp_w, logp_l, ref_w, ref_l, beta)
     h = (logp_w - logp_l) - (ref_w - ref_l)                               # (P,)
     if n is None:
@@ -40,7 +41,8 @@ def ipo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
 def simpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None, gamma_ratio=0.5):
     """SimPO, Eq. 6: -log σ(β/|y_w| log π(y_w) - β/|y_l| log π(y_l) - γ), γ = gamma_ratio β.
     Log-probs are means; no reference."""
-    _, stats = dpo_loss(logp_w, logp_l, 0 * ref_w, 0 * ref_l, beta)
+    zero = torch.zeros_like(logp_w)
+    _, stats = dpo_loss(logp_w, logp_l, zero, zero, beta)
     margin = beta * (logp_w - logp_l) - gamma_ratio * beta                # (P,)
     if n is None:
         n = len(margin)
@@ -50,7 +52,8 @@ def simpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None, 
 def orpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
     """ORPO, Eq. 6 and 7: -log P(y_w) - β log σ(log odds(y_w) - log odds(y_l)), β being the paper's
     λ, P = exp(mean log-prob) and odds = P / (1 - P). No reference."""
-    _, stats = dpo_loss(logp_w, logp_l, 0 * ref_w, 0 * ref_l, beta)
+    zero = torch.zeros_like(logp_w)
+    _, stats = dpo_loss(logp_w, logp_l, zero, zero, beta)
     log_odds_ratio = log_odds(logp_w) - log_odds(logp_l)                  # (P,)
     if n is None:
         n = len(logp_w)
@@ -58,7 +61,7 @@ def orpo_loss(logp_w, logp_l, ref_w, ref_l, beta, label_smoothing=0.0, n=None):
 
 
 def evaluate_without_reference(policy, pairs, cfg):
-    """As in dpo.py, with reference log-probs of 0."""
+    """As in dpo.py; the stored reference log-probs count as 0."""
     return evaluate_pairs(policy, [row | {"ref": (0.0, 0.0)} for row in pairs], cfg)
 
 
@@ -73,10 +76,10 @@ class KTO:
     """KTO, Eq. 7 and 8. Each row holds a desirable and an undesirable response, of one prompt if
     the data are pairs, else of two; the rarer label is repeated, so λ_D = λ_U = 1.
 
-        L = mean over responses of 1 - v,   v = σ(β (h - z0)) or, if undesirable, σ(β (z0 - h))
+        L = mean over responses of 1 - v,   v = σ(β (r - z0)) or, if undesirable, σ(β (z0 - r))
 
-    with h = log π/π_ref of the response and z0 = max(0, mean of h over mismatched prompts and
-    responses of the optimiser batch), without gradient."""
+    with r = log π/π_ref of the response and z0 = max(0, mean of r over mismatched pairs of prompt
+    and response in the optimiser batch), without gradient."""
 
     def load_policy(self, cfg, device):
         self.policy, tokenizer = load_policy(cfg, device)
@@ -101,15 +104,15 @@ class KTO:
     def batches(self, rows, size, seed, start=0):
         """As in common/train.py. z0 of a batch is estimated before it is trained on."""
         for batch in batches(rows, size, seed, start):
-            self.z0 = self.estimate(batch)
+            self.z0 = self.estimate_z0(batch)
             yield batch
 
     def evaluate_pairs(self, policy, pairs, cfg):
         """As in dpo.py, with the z0 of these pairs."""
-        self.z0 = self.estimate(pairs)
+        self.z0 = self.estimate_z0(pairs)
         return evaluate_pairs(policy, pairs, cfg)
 
-    def estimate(self, rows):
+    def estimate_z0(self, rows):
         """z0, a number; 0 if all rows have one prompt."""
         sequences = mismatched(rows, self.policy.cfg.block_size)
         total = 0.0
@@ -137,13 +140,13 @@ def kto_loss(logp_w, logp_l, ref_w, ref_l, beta, z0, n=None):
 
 
 def mismatched(rows, block_size):
-    """Every prompt of the rows with a response of the same label to another one, the next that
-    fits: a list of (token ids, mask). Prompts for which there is none are left out."""
+    """Mismatched pairs for z0: every prompt with the next response of the same label to another
+    prompt that fits in block_size -> a list of (token ids, mask)."""
     sequences = []
-    for label in (0, 1):                                                  # desirable, undesirable
+    for k in (0, 1):                                                      # desirable, undesirable
         examples = []                                                     # prompt ids, response ids
         for row in rows:
-            tokens, mask = row["tokens"][label], row["mask"][label]
+            tokens, mask = row["tokens"][k], row["mask"][k]
             start = len(mask) - sum(mask)
             examples.append((tokens[:start], tokens[start:]))
         for i, (prompt, _) in enumerate(examples):
@@ -176,7 +179,8 @@ def read_labelled(path):
 
 def pair_labels(rows, tokenizer, block_size, path=""):
     """Each desirable response beside an undesirable one, of any prompt; the rarer label is
-    repeated. path: of training rows, an error if they have one label only."""
+    repeated. path: the file of the training rows, an error if they have one label only; "" for
+    held-out rows."""
     def encode(row):
         tokens, mask = encode_response(tokenizer, row, row["response"])
         return row | {"tokens": tokens, "mask": mask}
@@ -188,8 +192,10 @@ def pair_labels(rows, tokenizer, block_size, path=""):
     bad = [row for row in rows if not row["label"]]
     if path and not (good and bad):
         raise InputError(f'{path}: "label" is {bool(good)} in all training rows; KTO needs both')
+    if not (good and bad):
+        return []
     pairs = []
-    for i in range(max(len(good), len(bad)) if good and bad else 0):
+    for i in range(max(len(good), len(bad))):
         w, l = good[i % len(good)], bad[i % len(bad)]
         pairs.append(w | {"tokens": (w["tokens"], l["tokens"]), "mask": (w["mask"], l["mask"]),
                           "chosen": w["response"], "rejected": l["response"]})

@@ -1,10 +1,10 @@
 """
-Variants of the six algorithms, each written as what differs: functions of a few lines that replace
-those of the script (policy_variants.py, preference_variants.py, expert_iteration.py). Groups,
-minibatches, optimiser and flags stay the same.
+Variants of the six algorithms. Each replaces a few functions of a script (policy_variants.py,
+preference_variants.py, expert_iteration.py); the training loop stays. A variant may change
+defaults, add flags, and refuse flags that it does not use.
 
-    python experiments/variants.py rloo          -> out/rloo, with the flags of the script
-    python experiments/variants.py rloo --help      those flags, and those of the variant
+    python experiments/variants.py rloo          -> out/rloo
+    python experiments/variants.py rloo --help      all its flags
 
 grpo.py with
     reinforce   no baseline, ratio, clip and KL penalty (Williams 1992)
@@ -15,26 +15,25 @@ grpo.py with
     gspo        one ratio per response, clipped as a whole, no KL penalty (2507.18071)
     process     a reward for every running total, not for the response alone (2402.03300, §4.1.3)
     distill     a teacher's log-probs in place of the reward (2306.13649)
-    tis, mis    weights for a sampler that is not the policy, truncated (1606.02647) or masked
-                (2510.18855); --stale K: a sampler that is K rollouts old
-    stale       such a sampler, without weights
+    tis, mis    importance weights π_old/π_sampler per token, truncated (1606.02647) or masked
+                (IcePop, 2510.18855); --stale K: sample with the weights of K rollouts ago
+    stale       the same sampler without importance weights
     replay      an SFT loss on demonstrations in every update, as in PPO-ptx (2203.02155, Eq. 2)
 ppo.py with
-    reinforce++ returns without a critic, whitened over the whole rollout (2501.03262)
+    reinforce++ returns instead of GAE advantages, whitened over the whole rollout (2501.03262)
 dapo.py with
-    cispo       the ratio as a clipped weight without gradient: every token keeps a gradient
-                (2506.13585)
-    dppo        a bound on the change of the probability, not of the ratio (2602.04879)
+    cispo       the ratio as a clipped, detached weight: no token loses its gradient (2506.13585)
+    dppo        a bound on the change of the probability, not on the ratio (2602.04879)
 dpo.py with
     ipo         a squared loss, whose optimum is finite (2310.12036)
-    kto         single responses that are desirable or not, instead of pairs (2402.01306)
+    kto         single responses, desirable or undesirable, instead of pairs (2402.01306)
     simpo       mean log-probs, a margin and no reference (2405.14734)
     orpo        SFT and the odds ratio of the two responses, no reference (2403.07691)
 sft.py with
-    expert      demonstrations that a policy sampled and the rule found right: expert iteration,
-                rejection-sampling fine-tuning (2308.01825)
+    expert      expert iteration, or rejection-sampling fine-tuning: SFT on sampled responses that
+                are right (2308.01825)
 
-experiments/compare.py puts them side by side. Best-of-n, which trains nothing, is best_of_n.py.
+experiments/compare.py compares them. best_of_n.py is best-of-n, without training.
 """
 import dataclasses
 import functools
@@ -46,31 +45,32 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import dapo  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
-import policy_variants as policy  # noqa: E402
 import ppo  # noqa: E402
-import preference_variants as preference  # noqa: E402
 import sft  # noqa: E402
-from common import InputError, flags as limits  # noqa: E402
+from common import InputError  # noqa: E402
+from common.flags import AT_LEAST, AT_MOST  # noqa: E402
 from common.run import main  # noqa: E402
 from expert_iteration import ExpertIteration  # noqa: E402
+from policy_variants import (Distillation, ProcessSupervision, Replay, batch_baseline,  # noqa: E402
+                             centred_advantage, cispo_loss, distillation_loss, dppo_loss,
+                             drgrpo_loss, gspo_loss, mis_loss, no_baseline, policy_gradient_loss,
+                             returns_to_go, rloo_advantage, stale_policy, tis_loss)
+from preference_variants import (KTO, evaluate_without_reference, ipo_loss, mean_logp,  # noqa: E402
+                                 orpo_loss, simpo_loss)
 
-process = policy.ProcessSupervision()
-distillation = policy.Distillation()
-replay = policy.Replay()
-kto = preference.KTO()
+process = ProcessSupervision()
+distillation = Distillation()
+replay = Replay()
+kto = KTO()
 expert = ExpertIteration()
-# name: script, and the functions that are replaced in it
+# name: script, {function of the script: its replacement}
 VARIANTS = {
-    "reinforce": (grpo, {"group_advantage": policy.no_baseline,
-                         "grpo_loss": policy.policy_gradient_loss}),
-    "baseline": (grpo, {"group_advantage": policy.batch_baseline,
-                        "grpo_loss": policy.policy_gradient_loss}),
-    "rloo": (grpo, {"group_advantage": policy.rloo_advantage,
-                    "grpo_loss": policy.policy_gradient_loss}),
-    "drgrpo": (grpo, {"group_advantage": policy.centred_advantage,
-                      "grpo_loss": policy.drgrpo_loss}),
-    "constant": (grpo, {"grpo_loss": policy.drgrpo_loss}),
-    "gspo": (grpo, {"grpo_loss": policy.gspo_loss}),
+    "reinforce": (grpo, {"group_advantage": no_baseline, "grpo_loss": policy_gradient_loss}),
+    "baseline": (grpo, {"group_advantage": batch_baseline, "grpo_loss": policy_gradient_loss}),
+    "rloo": (grpo, {"group_advantage": rloo_advantage, "grpo_loss": policy_gradient_loss}),
+    "drgrpo": (grpo, {"group_advantage": centred_advantage, "grpo_loss": drgrpo_loss}),
+    "constant": (grpo, {"grpo_loss": drgrpo_loss}),
+    "gspo": (grpo, {"grpo_loss": gspo_loss}),
     "process": (grpo, {"load_policy": process.load_policy,
                        "compute_reward": process.compute_reward,
                        "group_advantage": process.group_advantage}),
@@ -80,27 +80,27 @@ VARIANTS = {
                        "compute_reward": distillation.compute_reward,
                        "group_advantage": distillation.group_advantage,
                        "freeze": distillation.freeze,
-                       "grpo_loss": policy.distillation_loss}),
-    "tis": (grpo, {"load_policy": policy.stale_policy, "grpo_loss": policy.tis_loss}),
-    "mis": (grpo, {"load_policy": policy.stale_policy, "grpo_loss": policy.mis_loss}),
-    "stale": (grpo, {"load_policy": policy.stale_policy}),
+                       "grpo_loss": distillation_loss}),
+    "tis": (grpo, {"load_policy": stale_policy, "grpo_loss": tis_loss}),
+    "mis": (grpo, {"load_policy": stale_policy, "grpo_loss": mis_loss}),
+    "stale": (grpo, {"load_policy": stale_policy}),
     "replay": (grpo, {"load_policy": replay.load_policy, "micro_batches": replay.micro_batches}),
-    "reinforce++": (ppo, {"gae": policy.returns_to_go}),
-    "cispo": (dapo, {"dapo_loss": policy.cispo_loss}),
-    "dppo": (dapo, {"dapo_loss": policy.dppo_loss}),
-    "ipo": (dpo, {"dpo_loss": preference.ipo_loss}),
+    "reinforce++": (ppo, {"gae": returns_to_go}),
+    "cispo": (dapo, {"dapo_loss": cispo_loss}),
+    "dppo": (dapo, {"dapo_loss": dppo_loss}),
+    "ipo": (dpo, {"dpo_loss": ipo_loss}),
     "kto": (dpo, {"load_policy": kto.load_policy, "load_pairs": kto.load_pairs,
                   "batches": kto.batches, "evaluate_pairs": kto.evaluate_pairs,
                   "dpo_loss": kto.dpo_loss}),
-    "simpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.simpo_loss,
-                    "evaluate_pairs": preference.evaluate_without_reference}),
-    "orpo": (dpo, {"sequence_logp": preference.mean_logp, "dpo_loss": preference.orpo_loss,
-                   "evaluate_pairs": preference.evaluate_without_reference}),
+    "simpo": (dpo, {"sequence_logp": mean_logp, "dpo_loss": simpo_loss,
+                    "evaluate_pairs": evaluate_without_reference}),
+    "orpo": (dpo, {"sequence_logp": mean_logp, "dpo_loss": orpo_loss,
+                   "evaluate_pairs": evaluate_without_reference}),
     "expert": (sft, {"load_or_create_model": expert.load_or_create_model,
                      "load_demonstrations": expert.load_demonstrations}),
 }
-# flags of the script that have another default
-FLAGS = {
+# defaults that differ from those of the script or of the function
+DEFAULTS = {
     "distill": {"kl_beta": 1.0, "max_kl": 1e6},    # the teacher is the reference, and may be far
     "stale": {"stale": 4},
     "dppo": {"clip_low": 0.2, "clip_high": 0.2},
@@ -119,29 +119,26 @@ UNUSED = {
     "simpo": ["label_smoothing", "sft_coef"], "orpo": ["label_smoothing", "sft_coef"],
     "expert": ["eval_prompts"],
 }
-AT_LEAST = {"cap": 1, "highest": 1, "samples": 1, "keep": 1}
-AT_MOST = {"lowest": 1}
-# of the flags that a variant adds
+# limits of the flags that variants add
+AT_LEAST.update(cap=1, highest=1, samples=1, keep=1)
+AT_MOST.update(lowest=1)
+# help of the flags that variants add
 HELP = {
     "teacher": "checkpoint with the policy's tokenizer",
     "cap": "C, largest weight",
-    "lowest": "C_min, smallest weight that counts",
-    "highest": "C_max, largest weight that counts",
-    "stale": "how many rollouts ago the sampler's weights were the policy's; 0: it is the policy",
+    "lowest": "C_min, smallest weight that is not masked",
+    "highest": "C_max, largest weight that is not masked",
+    "stale": "age of the sampler's weights, in rollouts; 0: the sampler is the policy",
     "replay": 'JSON lines of demonstrations; "": the built-in ones',
     "sft_coef": "weight of the SFT loss on the demonstrations",
-    "gamma_ratio": "γ/β, the lead in mean log-prob that the chosen response should have",
-    "sampler": 'checkpoint that samples; "": --init',
-    "prompts": "training prompts that are sampled from",
-    "skip": "training prompts before them, of earlier rounds",
-    "samples": "responses to each",
-    "keep": "distinct right responses kept of each prompt, at most",
-    "control": "keep as many random responses instead",
+    "gamma_ratio": "γ/β, target margin between the mean log-probs of chosen and rejected",
+    "sampler": 'checkpoint that generates the responses; "": --init',
+    "prompts": "number of training prompts",
+    "skip": "training prompts to skip, those of earlier rounds",
+    "samples": "responses sampled per prompt",
+    "keep": "maximum number of distinct right responses per prompt",
+    "control": "control: as many responses, right or wrong, drawn at random",
 }
-
-
-limits.AT_LEAST.update(AT_LEAST)
-limits.AT_MOST.update(AT_MOST)
 
 
 def further_arguments(function, replaced):
@@ -153,7 +150,7 @@ def further_arguments(function, replaced):
 def make_config(name):
     """The script's Config with the variant's defaults, and its further arguments as flags."""
     script, replacements = VARIANTS[name]
-    defaults = FLAGS.get(name, {})
+    defaults = DEFAULTS.get(name, {})
     given = {f.name: f for f in dataclasses.fields(script.Config)}
     entries = [("out", str, f"out/{name}")]
     for flag, default in defaults.items():
@@ -166,14 +163,14 @@ def make_config(name):
                 field = dataclasses.field(default=default, metadata={"help": HELP[flag]})
                 entries.append((flag, type(default), field))
     Config = dataclasses.make_dataclass("Config", entries, bases=(script.Config,))
-    Config.__module__ = script.__name__                     # whose source has the other flags' help
+    Config.__module__ = script.__name__     # parse_config reads the flags' help in its source
     return Config
 
 
 def run(name, flags):
     """Train a variant: its script with the functions replaced."""
     script, replacements = VARIANTS[name]
-    # config.json names the script by its docstring, so that --resume takes it for no other
+    # script_name reads the docstring: --resume refuses a run of another variant
     script.__doc__ = f"{name}: a variant of {script.__doc__.strip()}"
     sys.argv[1:] = flags
     Config = make_config(name)

@@ -703,7 +703,8 @@ BUGS = [Bug(*entry) for entry in [
      "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
 
     ("kl_logged_with_its_sign_turned", "grpo.py",
-     "The log's KL is the mean of log π_ref/π: it falls below 0 as the policy leaves.",
+     "The log's KL is the mean of log π_ref/π: it falls as the policy moves away from the "
+     "reference.",
      "qiancheng0/ToolRL #52, where it was the loss",
      "(old - ref_logp[rows, :width]).sum()",
      "(ref_logp[rows, :width] - old).sum()",
@@ -726,8 +727,9 @@ BUGS = [Bug(*entry) for entry in [
 
     # the variants
 
-    ("sum_of_exponentials", "experiments/policy_variants.py",
-     "GSPO's ratio is the mean of the tokens' ratios, not the exponential of their mean logarithm.",
+    ("mean_of_probabilities", "experiments/policy_variants.py",
+     "GSPO sums probabilities instead of log-probs: s_i is (Σ π / Σ π_old)^(1/|o_i|), not the "
+     "geometric mean of the ratios.",
      "a slip; walkinglabs/hands-on-modern-rl #75 has the product for each token instead",
      "total = torch.where(mask > 0, x, 0.0).sum(1, keepdim=True)        # (B, 1)",
      "total = torch.where(mask > 0, x.exp(), 0.0).sum(1, keepdim=True).log()",
@@ -741,7 +743,7 @@ BUGS = [Bug(*entry) for entry in [
      "test_coefficients.py::test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table"),
 
     ("weight_upside_down", "experiments/policy_variants.py",
-     "The weight is sampler over scorer: the bias is doubled, not removed.",
+     "The weight is π_sampler/π_old: it corrects in the wrong direction.",
      "a slip",
      "torch.where(mask > 0, old_logp - sampler_logp, 0.0)",
      "torch.where(mask > 0, sampler_logp - old_logp, 0.0)",
@@ -757,7 +759,7 @@ BUGS = [Bug(*entry) for entry in [
      "test_coefficients.py::test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table"),
 
     ("teacher_upside_down", "experiments/policy_variants.py",
-     "The log-ratio of student and teacher is turned: the student flees its teacher.",
+     "The log-ratio of student and teacher is turned: the student moves away from the teacher.",
      "modelscope/twinkle #112, forward and reverse KL exchanged",
      "adv = torch.where(mask > 0, ref_logp - old_logp, 0.0)",
      "adv = torch.where(mask > 0, old_logp - ref_logp, 0.0)",
@@ -785,7 +787,7 @@ BUGS = [Bug(*entry) for entry in [
      "test_family.py::test_log_odds_are_exact_where_a_response_is_nearly_certain"),
 
     ("steps_summed_from_the_start", "experiments/policy_variants.py",
-     "A token earns the steps that ended before it, not those that it leads to.",
+     "The advantage sums the steps that ended before the token, not those after it.",
      "a slip",
      "normalised.flip(1).cumsum(1).flip(1)",
      "normalised.cumsum(1)",

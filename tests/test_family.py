@@ -587,7 +587,7 @@ def test_a_truncated_response_is_never_better_than_one_that_ended(reward_model, 
     assert [row["n"] for row in rows] == [1, 2, 4, 8]
     assert [row["n"] for row in best_of_n.curve(score[:, :5], right[:, :5])] == [1, 2, 4, 5]
     for a, b in zip(rows, rows[1:]):
-        assert b["score"] >= a["score"] and b["by the rule"] >= a["by the rule"]
+        assert b["score"] >= a["score"] and b["pass@n"] >= a["pass@n"]
     assert math.isclose(rows[0]["accuracy"], right.mean().item(), abs_tol=1e-6)
 
 
@@ -710,11 +710,12 @@ def test_accuracy_at_equal_tokens_is_interpolated():
 
 
 def test_compare_runs_what_a_run_needs_before_it():
-    assert compare.level("sft") == 0 and compare.level("grpo") == 1
-    assert compare.level("dpo") == 2 and compare.level("distill_half") == 2
-    assert compare.level("round_3") == 3
-    assert compare.with_needed(["distill_half", "grpo"]) == ["sft", "grpo", "sft_half", "distill_half"]
-    assert compare.initial("round_3", 1) == "out/compare/round_2_1"
+    assert compare.depth("sft") == 0 and compare.depth("grpo") == 1
+    assert compare.depth("dpo") == 2 and compare.depth("distill_half") == 2
+    assert compare.depth("round_3") == 3
+    found = compare.with_dependencies(["distill_half", "grpo"])
+    assert found == ["sft", "grpo", "sft_half", "distill_half"]
+    assert compare.init_of("round_3", 1) == "out/compare/round_2_1"
     assert compare.origin("round_3", 1) == "out/compare/sft_1"
     assert compare.origin("distill_half", 0) == "out/compare/sft_half_0"
     for name, command in compare.RUNS.items():

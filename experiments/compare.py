@@ -126,6 +126,7 @@ TABLES = {
     "reinforce++": ["ppo_rule", "reinforce_pp", "grpo"],
     "stale": ["grpo", "tis_0", "mis_0", "stale_1", "tis_1", "mis_1", "stale_4", "tis_4", "mis_4",
               "stale_16", "tis_16", "mis_16"],
+    "stale_16": ["grpo", "stale_16", "tis_16", "mis_16"],
     "process": ["outcome", "process"],
     "distill": ["outcome", "distill"],
     "distill_half": ["grpo_half", "distill_half"],

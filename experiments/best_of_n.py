@@ -25,7 +25,7 @@ import grpo  # noqa: E402
 from common import InputError, load  # noqa: E402
 from common.data import filter_rows, read_rows, running_sums, tokenize_prompts  # noqa: E402
 from common.evaluate import repeated_uniform  # noqa: E402
-from common.models import read_reward_model  # noqa: E402
+from common.models import ensure_checkpoint, read_reward_model  # noqa: E402
 from common.tokenizer import decode_responses  # noqa: E402
 from common.train import eval_batch_size, score_responses  # noqa: E402
 from common.verifier import checked_score, is_right  # noqa: E402
@@ -104,6 +104,9 @@ def main(cfg):
     for name in ("samples", "max_new_tokens"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if not cfg.data and cfg.model == "out/sft":
+        ensure_checkpoint(cfg.model, "sft.py", "out/sft", cfg.seed)
+        ensure_checkpoint(cfg.reward, "reward.py", "out/reward", cfg.seed)
     policy, tokenizer = load(cfg.model, kind="GPT")
     reward_model = read_reward_model(cfg.reward, policy, tokenizer)
     rows = load_rows(cfg.data, tokenizer, cfg.max_new_tokens, policy.cfg.block_size)

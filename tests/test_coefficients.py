@@ -58,9 +58,11 @@ def expected(coefficient, mask):
     return out
 
 
-def rows(seed=0):
-    """name: the slope of the loss, and the coefficient of token t of response i by its formula."""
+def rows(seed=0, change=0.0):
+    """name: the loss, and the coefficient of token t of response i by its formula; change (B, T) is
+    added to logp."""
     logp, old, ref, mask, adv = ragged(seed)
+    logp = (logp + change).detach().requires_grad_()
     x, A = logp.detach(), adv.tolist()
     length, tokens = mask.sum(1).tolist(), mask.sum().item()
     ratio = (x - old).exp()
@@ -118,6 +120,22 @@ def test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table(seed):
     for name, (loss, coefficient) in table.items():
         found = slopes(loss, logp)
         torch.testing.assert_close(found, expected(coefficient, mask), rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("name", ["DPPO", "GRPO", "DAPO", "GSPO", "TIS", "Distillation"])
+def test_the_slope_of_a_loss_is_its_finite_difference(name):
+    """For losses without a detached weight, where no clip is within a step."""
+    def loss_at(change):
+        table, logp, mask = rows(change=change)
+        return table[name][0], logp, mask
+
+    loss, logp, mask = loss_at(torch.zeros(B, T).double())
+    found, step = slopes(loss, logp), 1e-6
+    for i, t in mask.nonzero().tolist():
+        change = torch.zeros(B, T).double()
+        change[i, t] = step
+        difference = (loss_at(-change)[0] - loss_at(change)[0]).item() / (2 * step)
+        assert math.isclose(found[i, t], difference, rel_tol=1e-5, abs_tol=1e-8), (i, t)
 
 
 def test_the_random_batches_reach_every_case_of_the_clips():

@@ -44,15 +44,15 @@ import torch.nn.functional as F
 
 from common import InputError
 from common.data import load_prompts, read_rows, split_rows
-from common.evaluate import MetricMean, calibrate, half_interval
+from common.evaluate import MetricMean, compute_scores, evaluate_rankings
 from common.models import load_policy, setup
 from common.optimizers import make_optimizer, set_lr
 from common.preferences import (better_worse, load_centring_responses, read_preferences,
                                 tokenize_rankings)
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, compute_values, estimate_memory, eval_batch_size, micro_batches,
-                          pad_batch, pad_rankings)
+from common.train import (batches, estimate_memory, eval_batch_size, micro_batches,
+                          pad_rankings)
 from common.verifier import answer_number, checked_score, gold_number
 from model import ScalarModel, autocast
 
@@ -222,61 +222,11 @@ def load_preferences(cfg, policy, tokenizer):
 # ---------------------------------------------------------------------------------------- training
 
 
-def compute_scores(model, encoded, cfg):
-    """(tokens, mask) of N responses -> scores (N,) on the CPU, without gradient."""
-    tokens, mask = pad_batch(*zip(*encoded))
-    tokens = tokens.to(model.trunk.device)
-    return compute_values(model, tokens, mask, cfg.micro_batch_tokens)[1].cpu()
-
-
 def centre_scores(model, encoded, cfg):
     """Make the mean score of these responses 0. No difference changes, hence no loss."""
     mean = compute_scores(model, encoded, cfg).mean()
     with torch.no_grad():
         model.head.bias -= mean.to(model.head.bias.device)
-
-
-def evaluate_rankings(model, rows, cfg):
-    """How the scores predict held-out rankings: metrics, and the calibration as lines of text.
-
-    acc: share of pairs in the right order, a tie being wrong; acc_ci95: half of its 95% interval,
-    the pairs of one prompt not being independent; acc_same_style: acc where both responses show
-    their working or neither does; acc_vs_rule: agreement with the rule, whatever the labels say;
-    acc_longer: of "the longer response is better"; margin: mean difference; loss: in nats; ece:
-    mean gap between predicted and true win rate; length_corr: correlation of score and length.
-    """
-    if not rows:
-        return {}, ""
-    encoded = []
-    for row in rows:
-        encoded += zip(row["tokens"], row["mask"])
-    r = compute_scores(model, encoded, cfg)                     # (N,)  every response of every row
-    length = torch.tensor([float(sum(mask)) for _, mask in encoded])
-    number = {row["prompt"]: i for i, row in enumerate(rows)}
-    pairs, start = [], 0                            # prompt, better, worse, same style, rule's lead
-    for row in rows:
-        texts = row["responses"]
-        right = [checked_score(score, row, text, need=False) or 0.0 for text in texts]
-        for w, l in better_worse(range(len(texts)), row["ranks"]):
-            same_style = "_two_digits" in row and ("," in texts[w]) == ("," in texts[l])
-            rule_lead = right[w] - right[l]
-            pairs.append((number[row["prompt"]], start + w, start + l, same_style, rule_lead))
-        start += len(texts)
-    p, w, l, same_style, rule_lead = (torch.tensor(x) for x in zip(*pairs))  # (pairs,) each
-    lead = r[w] - r[l]
-    longer = length[w] - length[l]
-    in_order = (lead > 0).float()
-    metrics = {"acc": in_order.mean(), "acc_ci95": half_interval(in_order, p)}
-    if same_style.any():
-        metrics["acc_same_style"] = in_order[same_style].mean()
-    if rule_lead.any():
-        metrics["acc_vs_rule"] = (lead * rule_lead > 0)[rule_lead != 0].float().mean()
-    ece, calibration = calibrate(lead)
-    metrics |= {"margin": lead.mean(), "loss": F.softplus(-lead).mean(), "ece": ece,
-                "acc_longer": ((longer > 0) + 0.5 * (longer == 0)).mean()}
-    if length.std() > 0 and r.std() > 0:
-        metrics["length_corr"] = torch.corrcoef(torch.stack([r, length]))[0, 1]
-    return {name: float(x) for name, x in metrics.items()}, calibration
 
 
 def train(cfg):
@@ -305,7 +255,7 @@ def train(cfg):
     if cfg.collect_only:
         return
     if run.is_new:
-        run.state["before"], _ = evaluate_rankings(model, test_rows, cfg)
+        run.state["before"], _ = evaluate_rankings(model, test_rows, score, cfg)
     batch_iter = batches(train_rows, batch_size, cfg.seed, start=run.step)
 
     for step in run.remaining_steps():
@@ -339,10 +289,10 @@ def train(cfg):
         metrics |= {"grad_norm": float(grad_norm), "lr": lr, "step_s": time.perf_counter() - start}
         if run.is_eval_step(step):
             centre_scores(model, centring_responses, cfg)
-            metrics |= prefixed("val_", evaluate_rankings(model, val_rows, cfg)[0])
+            metrics |= prefixed("val_", evaluate_rankings(model, val_rows, score, cfg)[0])
         run.end_step(step, metrics)
 
-    after, calibration = evaluate_rankings(model, test_rows, cfg)
+    after, calibration = evaluate_rankings(model, test_rows, score, cfg)
     run.report(test_rows, (run.state["before"], []), (after, []))
     print(calibration)
     prompts, texts = [], []

@@ -1,12 +1,15 @@
 """
-Statistics of a rollout, and the evaluation on held-out prompts.
+Statistics of a rollout, and the evaluation on held-out prompts and rankings.
 """
 import math
 
 import torch
+import torch.nn.functional as F
 
+from common.preferences import better_worse
 from common.tokenizer import decode_responses
-from common.train import compute_logp, compute_reward, eval_batch_size, pad_batch
+from common.train import (compute_logp, compute_reward, compute_values, eval_batch_size,
+                          pad_batch)
 from common.verifier import checked_score, is_right
 
 
@@ -189,3 +192,54 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     if kl:
         metrics["kl_seq"] = sum(kl) / len(kl)
     return metrics | retention, greedy_texts
+
+
+def compute_scores(model, encoded, cfg):
+    """(tokens, mask) of N responses -> scores (N,) on the CPU, without gradient."""
+    tokens, mask = pad_batch(*zip(*encoded))
+    tokens = tokens.to(model.trunk.device)
+    return compute_values(model, tokens, mask, cfg.micro_batch_tokens)[1].cpu()
+
+
+def evaluate_rankings(model, rows, score, cfg):
+    """How a reward model's scores predict held-out rankings: metrics, and the calibration as lines
+    of text. score: the rule, which may return None.
+
+    acc: share of pairs in the right order, a tie being wrong; acc_ci95: half of its 95% interval,
+    the pairs of one prompt not being independent; acc_same_style: acc where both responses show
+    their working or neither does; acc_vs_rule: agreement with the rule, whatever the labels say;
+    acc_longer: of "the longer response is better"; margin: mean difference; loss: in nats; ece:
+    mean gap between predicted and true win rate; length_corr: correlation of score and length.
+    """
+    if not rows:
+        return {}, ""
+    encoded = []
+    for row in rows:
+        encoded += zip(row["tokens"], row["mask"])
+    r = compute_scores(model, encoded, cfg)                     # (N,)  every response of every row
+    length = torch.tensor([float(sum(mask)) for _, mask in encoded])
+    number = {row["prompt"]: i for i, row in enumerate(rows)}
+    pairs, start = [], 0                            # prompt, better, worse, same style, rule's lead
+    for row in rows:
+        texts = row["responses"]
+        right = [checked_score(score, row, text, need=False) or 0.0 for text in texts]
+        for w, l in better_worse(range(len(texts)), row["ranks"]):
+            same_style = "_two_digits" in row and ("," in texts[w]) == ("," in texts[l])
+            rule_lead = right[w] - right[l]
+            pairs.append((number[row["prompt"]], start + w, start + l, same_style, rule_lead))
+        start += len(texts)
+    p, w, l, same_style, rule_lead = (torch.tensor(x) for x in zip(*pairs))  # (pairs,) each
+    lead = r[w] - r[l]
+    longer = length[w] - length[l]
+    in_order = (lead > 0).float()
+    metrics = {"acc": in_order.mean(), "acc_ci95": half_interval(in_order, p)}
+    if same_style.any():
+        metrics["acc_same_style"] = in_order[same_style].mean()
+    if rule_lead.any():
+        metrics["acc_vs_rule"] = (lead * rule_lead > 0)[rule_lead != 0].float().mean()
+    ece, calibration = calibrate(lead)
+    metrics |= {"margin": lead.mean(), "loss": F.softplus(-lead).mean(), "ece": ece,
+                "acc_longer": ((longer > 0) + 0.5 * (longer == 0)).mean()}
+    if length.std() > 0 and r.std() > 0:
+        metrics["length_corr"] = torch.corrcoef(torch.stack([r, length]))[0, 1]
+    return {name: float(x) for name, x in metrics.items()}, calibration

@@ -12,7 +12,7 @@ import reward  # noqa: E402
 import sft  # noqa: E402
 from common import load  # noqa: E402
 from common.data import running_sums, split_rows, tokenize_demonstration  # noqa: E402
-from common.evaluate import evaluate, repeated_uniform  # noqa: E402
+from common.evaluate import evaluate, evaluate_rankings, repeated_uniform  # noqa: E402
 from common.preferences import read_preferences, tokenize_rankings  # noqa: E402
 from common.tokenizer import decode_responses, encode_prompt  # noqa: E402
 from common.verifier import is_right  # noqa: E402
@@ -20,11 +20,11 @@ from grpo import score  # noqa: E402
 
 
 def measure_reward_model(out):
-    """evaluate_rankings of reward.py, on the pairs of test prompts that the run collected."""
+    """evaluate_rankings on the pairs of test prompts that the run collected."""
     model, tokenizer = load(out)
     _, _, test = split_rows(read_preferences(f"{out}/preferences.jsonl"))
     rows = tokenize_rankings(test, tokenizer, model.trunk.cfg.block_size)
-    metrics, _ = reward.evaluate_rankings(model, rows, reward.Config())
+    metrics, _ = evaluate_rankings(model, rows, score, reward.Config())
     return metrics
 
 

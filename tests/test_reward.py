@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+import common.evaluate
 import reward
 from common import load
 from common.checkpoint import save_checkpoint
@@ -358,8 +359,8 @@ def test_rankings_of_one_prompt_by_several_annotators_stay_rankings(tmp_path):
 
 
 def evaluate(rows, scores, monkeypatch):
-    monkeypatch.setattr(reward, "compute_scores", lambda *_: scores)
-    metrics, _ = reward.evaluate_rankings(None, rows, reward.Config())
+    monkeypatch.setattr(common.evaluate, "compute_scores", lambda *_: scores)
+    metrics, _ = common.evaluate.evaluate_rankings(None, rows, reward.score, reward.Config())
     return metrics
 
 

@@ -171,7 +171,8 @@ def train(cfg):
     estimate_memory(device, optimizer, [model], [], cfg.micro_batch_tokens)
     splits = train_rows, val_rows, test_rows
     run = Run(cfg, cfg.steps, model, optimizer, tokenizer, splits, COLUMNS)
-    held_out, fields = [], ("prompt", "response", "messages")   # for reward.py and --retain
+    held_out = []                                               # for reward.py and --retain
+    fields = ("prompt", "response", "messages")
     for row in val_rows[:500]:
         held_out.append({name: row[name] for name in fields if name in row})
     if held_out:

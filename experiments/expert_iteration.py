@@ -11,9 +11,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from common import InputError, load  # noqa: E402
 from common.data import load_prompts, tokenize_demonstration  # noqa: E402
 from common.models import ensure_checkpoint, load_or_create_model  # noqa: E402
-from common.tokenizer import before_response, decode_responses  # noqa: E402
-from common.train import eval_batch_size  # noqa: E402
+from common.tokenizer import before_response  # noqa: E402
 from common.verifier import checked_score, is_right  # noqa: E402
+from evaluate import sample_responses  # noqa: E402
 from sft import score  # noqa: E402
 
 
@@ -39,10 +39,12 @@ class ExpertIteration:
         if skip >= len(train):
             raise InputError(f"--skip {skip}: there are {len(train)} training prompts")
         train = train[skip:skip + prompts]
-        generator = torch.Generator().manual_seed(cfg.seed)
+        texts, _ = sample_responses(policy, tokenizer, train, samples, cfg.max_new_tokens, 1.0,
+                                    cfg.seed)
+        generator = torch.Generator().manual_seed(cfg.seed)               # of the control
         kept = []
-        texts = sample_texts(policy, tokenizer, train, samples, cfg, generator)
-        for row, responses in zip(train, texts):
+        for i, row in enumerate(train):
+            responses = texts[i * samples:(i + 1) * samples]
             for text in keep_right(row, responses, keep, control, generator):
                 kept.append(tokenize_demonstration(with_response(row, text), tokenizer))
         n = len(train) * samples
@@ -56,7 +58,7 @@ class ExpertIteration:
             test = [tokenize_demonstration(row, tokenizer) for row in test]
             return kept, val, test
         for row in val + test:                                            # no response, no loss
-            row |= {"tokens": row["ids"], "mask": [0] * len(row["ids"])}
+            row.update(tokens=row["ids"], mask=[0] * len(row["ids"]))
         return kept, val, test
 
 
@@ -84,19 +86,3 @@ def keep_right(row, texts, keep, control, generator):
         return right
     order = torch.randperm(len(ended), generator=generator)
     return [ended[i] for i in order[:len(right)]]
-
-
-def sample_texts(policy, tokenizer, rows, samples, cfg, generator):
-    """`samples` responses at temperature 1 to each row -> a list of texts each, None if
-    truncated."""
-    uniform = torch.rand(len(rows) * samples, cfg.max_new_tokens, generator=generator,
-                         dtype=torch.float64)
-    longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
-    size = eval_batch_size(policy, longest, samples)                      # prompts at a time
-    texts = []
-    for i in range(0, len(rows), size):
-        ids = [row["ids"] for row in rows[i:i + size]]
-        tokens, mask, _ = policy.generate(ids, samples, cfg.max_new_tokens,
-                                          uniform=uniform[i * samples:(i + size) * samples])
-        texts += decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
-    return [texts[i:i + samples] for i in range(0, len(texts), samples)]

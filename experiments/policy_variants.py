@@ -18,6 +18,7 @@ from common.models import ensure_checkpoint, load_policy  # noqa: E402
 from common.rows import read_rows  # noqa: E402
 from common.train import (batches, compute_reward, freeze, measure_reward,  # noqa: E402
                           micro_batches, pad_batch)
+from common.verifier import checked_score  # noqa: E402
 from dapo import dapo_loss  # noqa: E402
 from grpo import grpo_loss  # noqa: E402
 from model import autocast  # noqa: E402
@@ -195,21 +196,15 @@ def dppo_loss(logp, old_logp, adv, mask, clip_low, clip_high, n=None, sampler_lo
     """DPPO with binary total variation: a token has no gradient where its probability has moved in
     the direction of its advantage by more than clip_high, up, or clip_low, down. A rare token keeps
     its gradient whatever its ratio."""
-    _, stats = dapo_loss(logp.detach(), old_logp, adv, mask, clip_low, clip_high,
-                         sampler_logp=sampler_logp)
-    if n is None:
-        n = mask.sum().clamp(min=1)
-    logp = torch.where(mask > 0, logp, 0.0)
-    old_logp = torch.where(mask > 0, old_logp, 0.0)
     adv = adv.view(len(adv), -1)
     moved = logp.detach().exp() - old_logp.exp()                          # (B, T)  π - π_old
-    cut = (moved > clip_high) & (adv > 0) | (moved < -clip_low) & (adv < 0)
-    ratio = (logp - old_logp).clamp(max=20).exp()
-    loss = -torch.where(cut, 0.0, ratio * adv * mask).sum() / n
+    cut_high = (moved > clip_high) & (adv > 0)
+    cut_low = (moved < -clip_low) & (adv < 0)
+    kept = torch.where(cut_high | cut_low, 0.0, adv)                      # (B, T)
+    loss, stats = dapo_loss(logp, old_logp, kept, mask, math.inf, math.inf, n, sampler_logp)
     tokens = mask.sum().clamp(min=1)
-    stats |= {"clip_low": (cut * (adv < 0) * mask).sum() / tokens,
-              "clip_high": (cut * (adv > 0) * mask).sum() / tokens}
-    return loss, stats
+    return loss, stats | {"clip_low": (cut_low * mask).sum() / tokens,
+                          "clip_high": (cut_high * mask).sum() / tokens}
 
 
 def sampler_weight(old_logp, sampler_logp, mask):
@@ -217,11 +212,14 @@ def sampler_weight(old_logp, sampler_logp, mask):
     return torch.where(mask > 0, old_logp - sampler_logp, 0.0).clamp(max=20).exp()
 
 
-def weight_stats(exact, weight, mask):
-    """Mean of the weights used, and share of tokens whose weight was truncated or masked."""
+def weighted_loss(exact, weight, logp, old_logp, ref_logp, adv, mask, *more):
+    """grpo_loss with the surrogate of every token times `weight`, (B, T). Two more statistics: the
+    mean weight, and the share of tokens whose weight is not the `exact` one."""
+    weighted = adv.view(len(adv), -1) * weight
+    loss, stats = grpo_loss(logp, old_logp, ref_logp, weighted, mask, *more)
     tokens = mask.sum().clamp(min=1)
-    return {"weight": (weight * mask).sum() / tokens,
-            "weight_cut": ((weight != exact) * mask).sum() / tokens}
+    return loss, stats | {"weight": (weight * mask).sum() / tokens,
+                          "weight_cut": ((weight != exact) * mask).sum() / tokens}
 
 
 def tis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
@@ -229,9 +227,8 @@ def tis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sam
     """Truncated importance sampling: the surrogate of every token times min(w, cap)."""
     exact = sampler_weight(old_logp, sampler_logp, mask)
     weight = exact.clamp(max=cap)
-    loss, stats = grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask,
-                            clip_eps, kl_beta, n, sampler_logp)
-    return loss, stats | weight_stats(exact, weight, mask)
+    return weighted_loss(exact, weight, logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n,
+                         sampler_logp)
 
 
 def mis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sampler_logp=None,
@@ -239,9 +236,8 @@ def mis_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None, sam
     """Masked importance sampling: times w, or 0 where w is not from lowest to highest."""
     exact = sampler_weight(old_logp, sampler_logp, mask)
     weight = torch.where((exact >= lowest) & (exact <= highest), exact, 0.0)
-    loss, stats = grpo_loss(logp, old_logp, ref_logp, adv.view(len(adv), -1) * weight, mask,
-                            clip_eps, kl_beta, n, sampler_logp)
-    return loss, stats | weight_stats(exact, weight, mask)
+    return weighted_loss(exact, weight, logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n,
+                         sampler_logp)
 
 
 def stale_policy(cfg, device, stale=0):
@@ -313,7 +309,7 @@ class Distillation:
         return torch.zeros(len(responses)), torch.zeros(len(responses)), None
 
     def has_answers(self, score, rows):
-        return all(score(row, "") is not None for row in rows)
+        return all(checked_score(score, row, "", need=False) is not None for row in rows)
 
     def group_advantage(self, reward, group_size):
         """Not used by the loss. Nonzero, because every response has a gradient."""

@@ -150,7 +150,8 @@ def mismatched(rows, block_size):
             start = len(mask) - sum(mask)
             examples.append((tokens[:start], tokens[start:]))
         for i, (prompt, _) in enumerate(examples):
-            for other, response in examples[i + 1:] + examples[:i]:
+            for j in range(i + 1, i + len(examples)):
+                other, response = examples[j % len(examples)]
                 if other != prompt and len(prompt + response) <= block_size:
                     sequences.append((prompt + response, [0] * len(prompt) + [1] * len(response)))
                     break

@@ -122,6 +122,34 @@ def test_a_loss_weighs_the_score_of_each_token_by_its_row_of_the_table(seed):
         torch.testing.assert_close(found, expected(coefficient, mask), rtol=0, atol=1e-12, msg=name)
 
 
+def test_the_statistics_of_dppo_and_of_weights_are_shares_of_the_tokens_in_the_mask():
+    logp, old, ref, mask, _ = ragged()
+    adv = torch.tensor([1., 1, 1, -1, 1, -1]).double()
+    sampler = old + 0.5 * torch.randn(B, T)
+    inside = mask.nonzero().tolist()
+    count = {"low": 0, "high": 0, "capped": 0, "masked": 0}
+    capped, masked = [], []
+    for i, t in inside:
+        moved = (logp[i, t].exp() - old[i, t].exp()).item()
+        count["low"] += adv[i].item() < 0 and moved < -DELTA
+        count["high"] += adv[i].item() > 0 and moved > 2 * DELTA
+        w = math.exp(old[i, t] - sampler[i, t])
+        capped.append(min(w, 1.5))
+        masked.append(w if 0.8 <= w <= 1.2 else 0.0)
+        count["capped"] += w > 1.5
+        count["masked"] += not 0.8 <= w <= 1.2
+    share = {name: n / len(inside) for name, n in count.items()}
+    assert min(count.values()) > 0 and count["low"] != count["high"]
+    _, stats = dppo_loss(logp, old, adv, mask, DELTA, 2 * DELTA)
+    assert stats["clip_low"] == pytest.approx(share["low"])
+    assert stats["clip_high"] == pytest.approx(share["high"])
+    grpo_arguments = logp.detach(), old, ref, adv, mask, LOW, BETA, None, sampler
+    for found, used, cut in ((tis_loss(*grpo_arguments, 1.5), capped, share["capped"]),
+                             (mis_loss(*grpo_arguments, 0.8, 1.2), masked, share["masked"])):
+        assert found[1]["weight"].item() == pytest.approx(sum(used) / len(used))
+        assert found[1]["weight_cut"].item() == pytest.approx(cut)
+
+
 @pytest.mark.parametrize("name", ["DPPO", "GRPO", "DAPO", "GSPO", "TIS", "Distillation"])
 def test_the_slope_of_a_loss_is_its_finite_difference(name):
     """For losses without a detached weight, where no clip is within a step."""

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data import load_prompts, load_retained
+from common.distributed import first_of_all, sum_gradients, total, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.models import load_policy, load_reward_model, setup
 from common.optimizers import make_optimizer, set_lr
@@ -179,7 +180,7 @@ def train(cfg):
     retained = load_retained(cfg, tokenizer, policy.cfg.block_size)
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     optimizer = make_optimizer(policy, cfg.lr)
-    B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
+    B, micro_tokens = cfg.prompts * cfg.group_size // world_size(), cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reward_model]
     estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B, longest)
@@ -194,15 +195,16 @@ def train(cfg):
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
         run.state["prompts_used"] = 0
-    batch_iter = batches(train_rows, 1, cfg.seed, start=run.state["prompts_used"])
-    on_policy = cfg.epochs == 1 and cfg.minibatch == B          # one update: old_logp is logp
+    batch_iter = batches(train_rows, world_size(), cfg.seed, start=run.state["prompts_used"])
+    on_policy = cfg.epochs == 1 and cfg.minibatch == B * world_size()  # old_logp is logp
 
     for step in run.remaining_steps():
         # 1. rollout: group_size responses to every prompt, new prompts for uninformative groups
         start, stats = time.perf_counter(), MetricMean()
         generations, keep = [], torch.zeros(0, dtype=torch.bool)
-        while keep.sum() < cfg.prompts and len(generations) < max(1, cfg.max_generations):
-            batch = [next(batch_iter)[0] for _ in range(cfg.prompts - int(keep.sum()))]
+        while total(keep) < cfg.prompts and len(generations) < max(1, cfg.max_generations):
+            missing = math.ceil((cfg.prompts - int(total(keep))) / world_size())  # on each process
+            batch = [next(batch_iter)[0] for _ in range(missing)]
             prompts = [row["ids"] for row in batch]
             tokens, mask, sampler_logp = policy.generate(       # (b G, T) each
                 prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature)
@@ -220,12 +222,14 @@ def train(cfg):
             stats.add(rollout, len(batch))
             keep = torch.cat([keep, differs | (cfg.max_generations == 0)])  # (groups so far,)
             generations.append((tokens, mask, mask_cpu, sampler_logp, reward))
+        keep = first_of_all(keep, cfg.prompts)                  # of all processes
         tokens, mask, mask_cpu, sampler_logp, reward = select_groups(
             generations, keep, cfg.group_size)
         B = len(tokens)                                         # smaller if sampling has stopped
         if not on_policy:
             old_logp = compute_logp(policy, tokens, mask_cpu, cfg.temperature, micro_tokens)
         run.state["prompts_used"] += len(keep)
+        groups = len(keep) * world_size()                       # sampled, by all processes
 
         # 3. advantage: no critic, the group is the baseline
         adv = group_advantage(reward, cfg.group_size)[:, None].to(device)  # (B, 1)
@@ -233,10 +237,11 @@ def train(cfg):
 
         # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
+        kept_responses = cfg.group_size * int(total(keep))      # of all processes
+        n_steps = max(1, math.ceil(kept_responses / cfg.minibatch))  # of like size
         for _ in range(cfg.epochs):
-            n_steps = max(1, math.ceil(B / cfg.minibatch))      # of equal size, up to one response
             for minibatch in torch.randperm(B).tensor_split(n_steps):
-                n = int(mask_cpu[minibatch].sum())              # response tokens in this step
+                n = int(total(mask_cpu[minibatch]))             # response tokens in this step
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     with autocast(policy):                      # bf16 where the hardware has it
@@ -249,6 +254,7 @@ def train(cfg):
                     loss.backward()
                     loss_stats["entropy"] = entropy.sum() / len(index)
                     stats.add(loss_stats, len(index))
+                sum_gradients(policy)                           # of all processes
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()
                 stats.add({"grad_norm": grad_norm})
@@ -256,7 +262,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
-        metrics |= {"lr": lr, "tokens": round(metrics["length"] * len(keep) * cfg.group_size)}
+        metrics |= {"lr": lr, "tokens": round(metrics["length"] * groups * cfg.group_size)}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         metrics["generations"] = len(generations)
         if run.is_eval_step(step):

@@ -34,7 +34,6 @@ Yours:   python dpo.py --data pairs.jsonl --init out/mine    {"prompt", "chosen"
 Ablate:  --sft_coef 0 --lr 2e-5     --beta 0.5     --label_smoothing 0.1
 """
 import math
-import os
 import time
 from dataclasses import dataclass
 
@@ -42,6 +41,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data import load_retained, running_sums, spread, tokenize_prompts
+from common.distributed import gather, share, sum_gradients, total
 from common.evaluate import MetricMean, evaluate, half_interval
 from common.models import ensure_checkpoint, load_policy, setup
 from common.optimizers import make_optimizer, set_lr
@@ -148,13 +148,13 @@ def held_out_prompts(pairs, split, cfg, tokenizer, block_size):
 
 def response_logp(model, rows, cfg):
     """log π(y|x) of both responses of every pair, (P, 2), without gradient, on the CPU."""
-    found = [torch.zeros(0, 2)]
+    found, rows = [torch.zeros(0, 2)], share(rows)
     for i in range(0, len(rows), 256):
         tokens, mask = pad_pairs(rows[i:i + 256])
         tokens, mask = tokens.flatten(0, 1).to(model.device), mask.flatten(0, 1)
         logp = compute_logp(model, tokens, mask, 1.0, cfg.micro_batch_tokens)
         found.append(sequence_logp(logp.cpu(), mask).view(-1, 2))
-    return torch.cat(found)
+    return torch.cat(gather(torch.cat(found)))
 
 
 def evaluate_pairs(policy, pairs, cfg):
@@ -177,8 +177,9 @@ def evaluate_pairs(policy, pairs, cfg):
 def train(cfg):
     device = setup(cfg)
     policy, tokenizer = load_policy(cfg, device)                # runs sft.py if out/sft is missing
-    if not cfg.data and cfg.init == Config.init and not os.path.exists(PAIRS):
-        ensure_checkpoint("out/reward", "reward.py", "out/reward", cfg.seed, "--collect_only")
+    if not cfg.data and cfg.init == Config.init:
+        ensure_checkpoint("out/reward", "reward.py", "out/reward", cfg.seed, "--collect_only",
+                          unless=PAIRS)
     block_size = policy.cfg.block_size
     splits = load_pairs(cfg.data or PAIRS, cfg.test, tokenizer, block_size)
     train_pairs, val_pairs, test_pairs = splits
@@ -211,11 +212,11 @@ def train(cfg):
         start, stats = time.perf_counter(), MetricMean()
         batch = next(batch_iter)
         tokens, mask = pad_pairs(batch)                         # (P, 2, T)
-        n_chosen = mask[:, 0].sum().item()                      # tokens of the chosen responses
+        n_chosen = int(total(mask[:, 0]))                       # tokens of the chosen responses
         tokens, mask_dev = tokens.to(device), mask.to(device)
         ref_w, ref_l = torch.tensor([row["ref"] for row in batch], device=device).T  # (P,)
         optimizer.zero_grad()
-        every_pair = torch.arange(batch_size)
+        every_pair = torch.arange(len(batch))
         for rows, width, index in micro_batches(mask, every_pair, cfg.micro_batch_tokens, device):
             with autocast(policy):                              # bf16 where the hardware has it
                 logp, entropy = policy.token_logp(              # (2 p, width)
@@ -230,6 +231,7 @@ def train(cfg):
             stats.add(loss_stats, len(rows))
             stats.add({"entropy": entropy.sum() / len(index)}, len(index))
         lr = set_lr(optimizer, step, steps, cfg.warmup)
+        sum_gradients(policy)                                   # of all processes
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
         optimizer.step()
 

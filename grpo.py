@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data import load_prompts, load_retained
+from common.distributed import sum_gradients, total, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.models import load_policy, load_reward_model, setup
 from common.optimizers import make_optimizer, set_lr
@@ -173,7 +174,7 @@ def train(cfg):
     if cfg.kl_beta:
         reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)   # float32 if it moves
     optimizer = make_optimizer(policy, cfg.lr)
-    B, micro_tokens = cfg.prompts * cfg.group_size, cfg.micro_batch_tokens
+    B, micro_tokens = cfg.prompts * cfg.group_size // world_size(), cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
     estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B, longest)
@@ -188,7 +189,7 @@ def train(cfg):
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
     batch_iter = batches(train_rows, cfg.prompts, cfg.seed, start=run.step)
-    on_policy = cfg.epochs == 1 and cfg.minibatch == B          # one update: old_logp is logp
+    on_policy = cfg.epochs == 1 and cfg.minibatch == B * world_size()  # old_logp is logp
 
     for step in run.remaining_steps():
         # 1. rollout: group_size responses to every prompt
@@ -222,7 +223,7 @@ def train(cfg):
         # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
         for _ in range(cfg.epochs):
-            for minibatch in torch.randperm(B).split(cfg.minibatch):
+            for minibatch in torch.randperm(B).split(cfg.minibatch // world_size()):
                 optimizer.zero_grad()
                 kept = minibatch[has_gradient[minibatch]]
                 for rows, width, index in micro_batches(mask_cpu, kept, micro_tokens, device):
@@ -232,12 +233,13 @@ def train(cfg):
                     old = logp.detach() if on_policy else old_logp[rows, :width]
                     loss, loss_stats = grpo_loss(
                         logp, old, ref_logp[rows, :width], adv[rows, :width], mask[rows, :width],
-                        cfg.clip_eps, cfg.kl_beta, len(minibatch), sampler_logp[rows, :width])
+                        cfg.clip_eps, cfg.kl_beta, cfg.minibatch, sampler_logp[rows, :width])
                     loss.backward()
                     loss_stats["entropy"] = entropy.sum() / len(index)
                     if reference is not None:                   # k1 of the policy that sampled
                         loss_stats["kl"] = (old - ref_logp[rows, :width]).sum() / len(index)
                     stats.add(loss_stats, len(index))
+                sum_gradients(policy)                           # of all processes
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 optimizer.step()
                 stats.add({"grad_norm": grad_norm})
@@ -249,7 +251,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
-        metrics |= {"lr": lr, "tokens": round(metrics["length"] * B)}
+        metrics |= {"lr": lr, "tokens": int(total(mask))}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         if reference is not None:
             metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response

@@ -39,6 +39,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data import load_prompts, load_retained
+from common.distributed import sum_gradients, total, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, explained_variance, rollout_stats
 from common.models import load_policy, load_reward_model, make_critic, setup
 from common.optimizers import Optimizers, make_optimizer, set_lr
@@ -129,12 +130,13 @@ def gae(reward, value, mask, gamma, lam):
     return adv, adv + value                                               # Â, G
 
 
-def whiten(x, mask):
-    """Mean 0 and variance 1 over the mask, 0 elsewhere. x, mask (B, T)."""
+def whiten(x, mask, total=torch.sum):
+    """Mean 0 and variance 1 over the mask, 0 elsewhere. x, mask (B, T). total(x): the sum of all
+    elements, where the rollout is shared out that of all processes."""
     x = torch.where(mask > 0, x, 0.0)
-    n = mask.sum().clamp(min=1)
-    centred = (x - x.sum() / n) * mask
-    return centred / (centred.square().sum() / n + 1e-8).sqrt()
+    n = total(mask).clamp(min=1)
+    centred = (x - total(x) / n) * mask
+    return centred / (total(centred.square()) / n + 1e-8).sqrt()
 
 
 def ppo_loss(logp, old_logp, adv, mask, clip_eps, n=None, sampler_logp=None):
@@ -214,7 +216,7 @@ def train(cfg):
     policy_optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
     critic_optimizer = make_optimizer(critic, cfg.critic_lr, eps=1e-5)
     optimizer = Optimizers(*policy_optimizer.parts, *critic_optimizer.parts)
-    B, micro_tokens = cfg.prompts, cfg.micro_batch_tokens
+    B, micro_tokens = cfg.prompts // world_size(), cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
     estimate_memory(device, optimizer, [policy, critic], frozen, micro_tokens, B, longest)
@@ -258,14 +260,14 @@ def train(cfg):
 
         # 3. advantage: the critic is the baseline
         adv, ret = gae(per_token, old_value, mask, cfg.gamma, cfg.gae_lambda)  # (B, T) each
-        adv = whiten(adv, mask)
+        adv = whiten(adv, mask, total)
         rollout_end = time.perf_counter()
 
         # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, linear=True)
         for _ in range(cfg.epochs):
-            for minibatch in torch.randperm(B).split(cfg.minibatch):
-                n = int(mask_cpu[minibatch].sum())              # response tokens in this step
+            for minibatch in torch.randperm(B).split(cfg.minibatch // world_size()):
+                n = int(total(mask_cpu[minibatch]))             # response tokens in this step
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     chosen, old = mask[rows, :width], old_logp[rows, :width]
@@ -284,11 +286,12 @@ def train(cfg):
                     loss.backward()
                     loss_stats["entropy"] = entropy.sum() / len(index)
                     stats.add(loss_stats | value_stats, len(index))
+                sum_gradients(policy, critic)                   # of all processes
                 grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
                 critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
                 optimizer.step()
                 stats.add({"grad_norm": grad_norm, "critic_grad_norm": critic_norm})
-        stats.add({"kl": (old_logp - ref_logp).sum() / mask.sum()})
+        stats.add({"kl": total(old_logp - ref_logp) / total(mask)})
         # of the Monte-Carlo return: `ret` is made of the critic's own values where λ < 1
         _, monte_carlo = gae(per_token, old_value, mask, cfg.gamma, 1.0)
         stats.add({"explained_var": explained_variance(old_value, monte_carlo, mask)})
@@ -296,7 +299,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
-        metrics |= {"lr": lr, "tokens": round(metrics["length"] * B)}
+        metrics |= {"lr": lr, "tokens": int(total(mask))}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response
         if run.is_eval_step(step):

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 
 from common import InputError
 from common.data import load_prompts, read_rows, split_rows
+from common.distributed import gather_list, share, sum_gradients
 from common.evaluate import MetricMean, compute_scores, evaluate_rankings
 from common.models import load_policy, setup
 from common.optimizers import make_optimizer, set_lr
@@ -154,30 +155,35 @@ def rank_responses(row, texts, length, cfg, rng):
 def collect(policy, tokenizer, rows, cfg, rng):
     """Sample K responses to every prompt, rank those that ended, and return all pairs that are not
     ties."""
-    pairs = []
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = min(256, eval_batch_size(policy, longest, cfg.responses))  # prompts at a time
-    uniform = torch.rand(len(rows) * cfg.responses, cfg.max_new_tokens, dtype=torch.float64)
-    for i in range(0, len(rows), size):
-        chunk = rows[i:i + size]
+    uniform = torch.rand(len(rows), cfg.responses, cfg.max_new_tokens, dtype=torch.float64)
+    uniform, own_rows = share(uniform).flatten(0, 1), share(rows)
+    lengths = []                            # of each prompt: text -> length; equal responses once
+    for i in range(0, len(own_rows), size):
+        chunk = own_rows[i:i + size]
         prompts = [row["ids"] for row in chunk]
         tokens, mask, _ = policy.generate(
             prompts, cfg.responses, cfg.max_new_tokens,
             uniform=uniform[i * cfg.responses:(i + size) * cfg.responses])
         texts = decode_responses(tokenizer, tokens, mask, policy.cfg.stop_token_ids)
         length = mask.sum(1).int().tolist()
-        for j, row in enumerate(chunk):
-            distinct = {}                                     # text -> length; equal responses once
-            for k in range(j * cfg.responses, (j + 1) * cfg.responses):
-                if texts[k] and texts[k].strip():
-                    distinct[texts[k]] = length[k]
-            if not distinct:
-                continue
-            ranks = rank_responses(row, list(distinct), distinct.values(), cfg, rng)
-            kept = ("prompt", "messages", "split_by", "_two_digits", "answer")
-            given = {name: row[name] for name in kept if name in row}
-            for chosen, rejected in better_worse(distinct, ranks):
-                pairs.append(given | {"chosen": chosen, "rejected": rejected})
+        for j in range(0, len(texts), cfg.responses):
+            distinct = {}
+            for text, n in zip(texts[j:j + cfg.responses], length[j:j + cfg.responses]):
+                if text and text.strip():
+                    distinct[text] = n
+            lengths.append(distinct)
+
+    pairs = []
+    for row, distinct in zip(rows, gather_list(lengths)):
+        if not distinct:
+            continue
+        ranks = rank_responses(row, list(distinct), distinct.values(), cfg, rng)
+        kept = ("prompt", "messages", "split_by", "_two_digits", "answer")
+        given = {name: row[name] for name in kept if name in row}
+        for chosen, rejected in better_worse(distinct, ranks):
+            pairs.append(given | {"chosen": chosen, "rejected": rejected})
     return pairs
 
 
@@ -266,7 +272,7 @@ def train(cfg):
         margin = torch.tensor([row.get("margin", 0.0) for row in batch], device=device)  # (P,)
         tokens_dev, mask_dev, ranks = tokens.to(device), mask.to(device), ranks.to(device)
         optimizer.zero_grad()
-        every_prompt = torch.arange(batch_size)
+        every_prompt = torch.arange(len(batch))
         for rows, width, _ in micro_batches(mask, every_prompt, cfg.micro_batch_tokens, device):
             present = ranks[rows] >= 0                          # (p, K)
             with autocast(model):                               # bf16 where the hardware has it
@@ -281,6 +287,7 @@ def train(cfg):
             loss_stats["loss"] = loss.detach() * batch_size / len(rows)
             stats.add(loss_stats, len(rows))
         lr = set_lr(optimizer, step, steps, cfg.warmup)
+        sum_gradients(model)                                    # of all processes
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 

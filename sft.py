@@ -38,6 +38,7 @@ import torch
 
 from common.data import (DEMONSTRATIONS, filter_rows, load_demonstrations, load_retained,
                          running_sums)
+from common.distributed import sum_gradients, total
 from common.evaluate import MetricMean, evaluate, mean_nll
 from common.models import load_or_create_model, setup
 from common.optimizers import make_optimizer, set_lr
@@ -196,10 +197,10 @@ def train(cfg):
         start, stats = time.perf_counter(), MetricMean()
         batch = next(batch_iter)
         tokens, mask = pad_batch([row["tokens"] for row in batch], [row["mask"] for row in batch])
-        n = int(mask.sum())                                     # response tokens in the batch
+        n = int(total(mask))                                    # response tokens in the batch
         tokens_dev, mask_dev = tokens.to(device), mask.to(device)
         optimizer.zero_grad()
-        every_row = torch.arange(cfg.batch)
+        every_row = torch.arange(len(batch))
         for rows, width, index in micro_batches(mask, every_row, cfg.micro_batch_tokens, device):
             with autocast(model):                               # bf16 where the hardware has it
                 logp, entropy = model.token_logp(tokens_dev[rows, :width], index=index)
@@ -208,6 +209,7 @@ def train(cfg):
             stats.add({"nll": loss_stats["nll"], "entropy": entropy.sum() / len(index)}, len(index))
             stats.add({"nll_response": loss_stats["nll_response"]}, len(rows))
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup)
+        sum_gradients(model)                                    # of all processes
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
 

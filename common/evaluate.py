@@ -6,6 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from common.distributed import gather, gather_list, share, total
 from common.preferences import better_worse
 from common.tokenizer import decode_responses
 from common.train import (compute_logp, compute_reward, compute_values, eval_batch_size,
@@ -14,18 +15,29 @@ from common.verifier import checked_score, is_right
 
 
 class MetricMean:
-    """Weighted means of the statistics of many micro-batches. They stay on the GPU until `read`."""
+    """Weighted means of the statistics of many micro-batches, of all ranks. They stay on the GPU
+    until `read`."""
 
     def __init__(self):
         self.sums = {}
 
     def add(self, stats, weight=1.0):
         for name, x in stats.items():
-            total, w = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (total + x * weight, w + weight)
+            weighted, w = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (weighted + x * weight, w + weight)
 
     def read(self):
-        return {name: float(total / w) for name, (total, w) in self.sums.items()}
+        own = {name: (on_cpu(x), on_cpu(w)) for name, (x, w) in self.sums.items()}
+        sums = {}
+        for of_rank in gather(own):
+            for name, (x, w) in of_rank.items():
+                weighted, weight = sums.get(name, (0.0, 0.0))
+                sums[name] = (weighted + x, weight + w)
+        return {name: float(x / w) for name, (x, w) in sums.items()}
+
+
+def on_cpu(x):
+    return x.cpu() if torch.is_tensor(x) else x
 
 
 def rollout_stats(reward, correct, mask, responses, group_size=1):
@@ -49,7 +61,7 @@ def distinct_ngrams(tokens, mask, n=2):
     both = inside[:, n - 1:]
     for i in range(n - 1):
         both = both & inside[:, i:i - n + 1]
-    grams = tokens.cpu().unfold(1, n, 1)[both]                              # (number of n-grams, n)
+    grams = torch.cat(gather(tokens.cpu().unfold(1, n, 1)[both]))           # (number of n-grams, n)
     return len(grams.unique(dim=0)) / max(1, len(grams))
 
 
@@ -57,7 +69,7 @@ def explained_variance(value, ret, mask):
     """1 - Var(G - V) / Var(G) over the mask: 1 for a perfect critic, 0 for a constant one, negative
     for a harmful one. 0 where G does not vary: there is nothing to explain."""
     def mean(x):
-        return torch.where(mask > 0, x, 0.0).sum() / mask.sum().clamp(min=1)
+        return total(torch.where(mask > 0, x, 0.0)) / total(mask).clamp(min=1)
 
     def variance(x):
         return mean((x - mean(x)).square())
@@ -70,7 +82,8 @@ def half_interval(x, group):
     """Half of the 95% interval of mean(x), x (N,), where the values of one group are not
     independent; group (N,), the number of its group. Too narrow below some twenty groups."""
     groups = len(group.unique())
-    error = torch.zeros(int(group.max()) + 1).index_add(0, group, x - x.mean())  # each group's part
+    zeros = x.new_zeros(int(group.max()) + 1)
+    error = zeros.index_add(0, group, x - x.mean())            # each group's part
     return 1.96 * error.norm() / len(x) * math.sqrt(groups / max(1, groups - 1))
 
 
@@ -111,14 +124,15 @@ def mark_truncated(tokenizer, tokens, mask, texts):
 def mean_nll(model, rows, micro_batch_tokens=0):
     """Mean negative log-likelihood of the tokens in the masks, nats per token; 0 if there are
     none."""
-    total = count = 0
+    nll = count = 0
+    rows = share(rows)
     for i in range(0, len(rows), 256):
         chunk = rows[i:i + 256]
         tokens, mask = pad_batch([row["tokens"] for row in chunk], [row["mask"] for row in chunk])
         logp = compute_logp(model, tokens.to(model.device), mask, 1.0, micro_batch_tokens)
-        total -= logp.sum().item()
+        nll -= logp.sum().item()
         count += int(mask.sum())
-    return total / max(1, count)
+    return sum(gather(nll)) / max(1, sum(gather(count)))
 
 
 def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, reference=None,
@@ -147,6 +161,8 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     def has_full_score(row, text):
         return has_answers and text is not None and is_right(checked_score(score, row, text))
 
+    uniform = share(uniform.view(len(rows), samples, -1)).flatten(0, 1)
+    rows = share(rows)
     greedy, right, ended, length, scores, kl = [], [], [], [], [], []
     greedy_texts = []
     for i in range(0, len(rows), size):
@@ -178,6 +194,9 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
             ref_logp = compute_logp(reference, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
             kl += (logp - ref_logp).sum(1).tolist()
 
+    greedy, right, ended = gather_list(greedy), gather_list(right), gather_list(ended)
+    length, scores, kl = gather_list(length), gather_list(scores), gather_list(kl)
+    greedy_texts = gather_list(greedy_texts)
     metrics = {}
     if has_answers:
         right = torch.tensor(right, dtype=torch.float32).view(-1, samples)
@@ -196,9 +215,12 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
 
 def compute_scores(model, encoded, cfg):
     """(tokens, mask) of N responses -> scores (N,) on the CPU, without gradient."""
-    tokens, mask = pad_batch(*zip(*encoded))
-    tokens = tokens.to(model.trunk.device)
-    return compute_values(model, tokens, mask, cfg.micro_batch_tokens)[1].cpu()
+    scores, encoded = torch.zeros(0), share(encoded)
+    if encoded:
+        tokens, mask = pad_batch(*zip(*encoded))
+        tokens = tokens.to(model.trunk.device)
+        scores = compute_values(model, tokens, mask, cfg.micro_batch_tokens)[1].cpu()
+    return torch.cat(gather(scores))
 
 
 def evaluate_rankings(model, rows, score, cfg):

@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import fields
 
+from common.distributed import world_size
 from common.hf import is_hf_folder
 from common.tokenizer import InputError
 
@@ -117,6 +118,7 @@ def script_name(Config):
 
 def check_limits(cfg):
     """Every number is within its limits, and those that belong together fit."""
+    ranks = world_size()
     for f in fields(cfg):
         x = getattr(cfg, f.name)
         if f.type not in (int, float):
@@ -132,11 +134,17 @@ def check_limits(cfg):
             raise InputError(f"--{f.name} {x}: must be at least {low}")
         if x > high:
             raise InputError(f"--{f.name} {x}: must be at most {high}")
+    if getattr(cfg, "batch", ranks) < ranks:
+        raise InputError(f"--batch {cfg.batch}: too few for {ranks} processes")
     if cfg.test and not cfg.data:
         raise InputError(f"--test {cfg.test}: needs --data; the built-in task has its own rows")
     if getattr(cfg, "ref_every", 0) and not cfg.kl_beta:
         raise InputError(f"--ref_every {cfg.ref_every}: there is no reference without --kl_beta")
     if hasattr(cfg, "minibatch"):
+        for name in ("prompts", "minibatch"):
+            if getattr(cfg, name) % ranks:
+                raise InputError(f"--{name} {getattr(cfg, name)}: {ranks} processes cannot share "
+                                 "it equally")
         n = cfg.prompts * getattr(cfg, "group_size", 1)
         if n % cfg.minibatch:
             raise InputError(f"--minibatch {cfg.minibatch} does not divide the {n} responses of a "

@@ -10,6 +10,8 @@ import warnings
 import torch
 
 from common.checkpoint import load, read_checkpoint
+from common.distributed import (connect, environment_of_one_process, gather, local_rank,
+                                rank)
 from common.flags import check_limits, read_settings
 from common.tokenizer import InputError, chat_by_default, make_tokenizer
 from common.train import configure_blocks, freeze
@@ -18,18 +20,21 @@ from model import GPT, GPTConfig, ScalarModel
 
 
 def setup(cfg):
-    """Check the flags, seed torch, and return the device: cuda, else mps, else cpu."""
+    """Check the flags, seed torch, return the device: cuda, else mps, else cpu; and find the other
+    ranks."""
     check_limits(cfg)
     torch.manual_seed(cfg.seed)
     # oneDNN, which multiplies bf16 on CPUs, keeps what it compiled for 1,024 shapes by default, and
     # ours vary: 40 MB more at every step of a model of 135 million parameters
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if cuda_works():
         torch.backends.cuda.enable_cudnn_sdp(False)   # it plans anew for every shape, and ours vary
         # partial sums of bf16 products stay float32
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = torch.device("cuda")
+    connect(device)
+    return device
 
 
 def cuda_works():
@@ -42,6 +47,10 @@ def cuda_works():
         if "CUDA" in str(warning.message) and not available:
             print(f"warning: no GPU is used: {first_line(warning.message)}")
     if available:
+        n = torch.cuda.device_count()
+        if local_rank() >= n:
+            raise InputError(f"torchrun starts more processes than this machine has GPUs, {n}")
+        torch.cuda.set_device(local_rank())
         try:
             torch.ones(1, device="cuda").add_(1)
         except RuntimeError as e:
@@ -57,9 +66,16 @@ def first_line(error):
     return str(error).strip().partition("\n")[0]
 
 
-def ensure_checkpoint(folder, script, default, seed, *flags):
+def ensure_checkpoint(folder, script, default, seed, *flags, unless=""):
     """Run the script that makes the checkpoint in `folder`, if `folder` is the default one and the
-    checkpoint is missing or unfinished."""
+    checkpoint is missing or unfinished, unless a file exists. Rank 0 does, in one process, and the
+    other ranks wait."""
+    if rank() == 0 and not os.path.exists(unless):
+        run_if_missing(folder, script, default, seed, flags)
+    gather(None)
+
+
+def run_if_missing(folder, script, default, seed, flags):
     exists = os.path.exists(os.path.join(folder, "ckpt.pt"))
     unfinished = exists and not read_checkpoint(folder).get("finished")
     if folder != default or exists and not unfinished:
@@ -68,7 +84,8 @@ def ensure_checkpoint(folder, script, default, seed, *flags):
     print(f"{folder} {state}: running {script} first", flush=True)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     more = ["--resume"] if unfinished else ["--seed", str(seed), *flags]
-    child = subprocess.Popen([sys.executable, os.path.join(root, script), "--out", folder, *more])
+    child = subprocess.Popen([sys.executable, os.path.join(root, script), "--out", folder, *more],
+                             env=environment_of_one_process())
     try:
         failed = child.wait()
     except KeyboardInterrupt:                          # wait until it has saved
@@ -152,6 +169,6 @@ def make_critic(cfg, policy, reward_model):
         critic = ScalarModel(copy.deepcopy(policy)).to(policy.device)
     else:
         critic = copy.deepcopy(reward_model)
-    critic.float().requires_grad_(True)
+    critic.to(policy.unembedding.dtype).requires_grad_(True)
     configure_blocks(critic.trunk, cfg.gradient_checkpointing, cfg.compile)
     return critic

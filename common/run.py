@@ -16,6 +16,8 @@ from dataclasses import asdict
 import torch
 
 from common.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from common.distributed import (disconnect, gather, is_first_to_fail, is_lost_connection, rank,
+                                total, world_size)
 from common.early_stopping import EarlyStopping
 from common.flags import parse_config, script_name
 from common.hf import is_hf_folder
@@ -29,7 +31,7 @@ class Run:
     on the screen. reference: saved only if it moves (--ref_every), else it is --init again, which
     must not have changed. modules: further models whose weights belong to the checkpoint, by name.
     step: steps that are done. state: what the checkpoint keeps besides; a script reads it after
-    --resume.
+    --resume. Rank 0 alone writes; each rank draws random numbers of its own.
     """
 
     def __init__(self, cfg, steps, model, optimizer, tokenizer, splits, columns, reference=None,
@@ -38,7 +40,8 @@ class Run:
         n_params = sum(p.numel() for p in model.parameters())
         n_train, n_val, n_test = (len(rows) for rows in splits)
         device = next(model.parameters()).device
-        print(f"{name}: {n_params:,} parameters on {device.type}, {n_train:,} training, "
+        devices = device.type if world_size() == 1 else f"{world_size()} x {device.type}"
+        print(f"{name}: {n_params:,} parameters on {devices}, {n_train:,} training, "
               f"{n_val:,} validation and {n_test:,} test rows")
         if hasattr(cfg, "minibatch"):
             n = cfg.prompts * getattr(cfg, "group_size", 1)
@@ -64,8 +67,11 @@ class Run:
         self.interrupted = False
         self.lines = 0                                 # printed so far
         self.is_new = not cfg.resume
+        if rank() > 0:
+            torch.manual_seed(cfg.seed + 1_000_003 * rank())
         if cfg.resume:
             self.restore(read_checkpoint(self.out))
+        gather(None)                                   # now all ranks have read what lies in --out
         try:
             self.open()
         except OSError as e:
@@ -81,13 +87,16 @@ class Run:
         if data["state"].get("reference_hash") != self.state.get("reference_hash"):
             raise InputError(f"{self.out}: this run began with other weights than --init has now, "
                              "and they are its reference")
+        if len(data["rng"]) != world_size():
+            raise InputError(f"{self.out}: this run has {len(data['rng'])} processes, and goes on "
+                             f"with as many, not with {world_size()}")
         load_weights(self.model, data["model"], f"{self.out}: the flags do not fit its checkpoint")
         for name, module in self.modules.items():
             module.load_state_dict(data["modules"][name])
         self.optimizer.load_state_dict(data["optimizer"])
-        torch.set_rng_state(data["rng"])
+        torch.set_rng_state(data["rng"][rank()])
         if torch.cuda.is_available() and "rng_cuda" in data:
-            torch.cuda.set_rng_state(data["rng_cuda"])
+            torch.cuda.set_rng_state(data["rng_cuda"][rank()])
         self.step, self.state = data["step"], data["state"]
 
     def path(self, name):
@@ -104,7 +113,7 @@ class Run:
         elif is_hf_folder(self.out):
             raise InputError(f"--out {self.out}: a model that no run made is there; name another "
                              "folder")
-        elif os.path.exists(self.path("config.json")):
+        elif rank() == 0 and os.path.exists(self.path("config.json")):
             n = 1
             while os.path.exists(f"{self.out}.{n}"):
                 n += 1
@@ -115,7 +124,8 @@ class Run:
                     "pretrained": bool(self.tokenizer.files)}
         settings |= asdict(self.cfg) | {"resume": False}
         self.write("config.json", json.dumps(settings, indent=2))
-        self.metrics_file = open(self.path("metrics.jsonl"), "a", buffering=1, encoding="utf-8")
+        path = self.path("metrics.jsonl") if rank() == 0 else os.devnull
+        self.metrics_file = open(path, "a", buffering=1, encoding="utf-8")
 
     def read_metrics(self):
         """The rows of metrics.jsonl up to the checkpoint; a torn last line is dropped."""
@@ -131,6 +141,8 @@ class Run:
 
     def write(self, name, text):
         """A whole text file, atomically."""
+        if rank() > 0:
+            return
         with open(self.path(name + ".tmp"), "w", encoding="utf-8") as f:
             f.write(text)
         os.replace(self.path(name + ".tmp"), self.path(name))
@@ -154,9 +166,10 @@ class Run:
         self.step = step
         if reason:
             self.stop_early(reason)
-        if self.interrupted or self.is_eval_step(step):
+        interrupted = total(torch.tensor(self.interrupted)) > 0      # on any rank
+        if interrupted or self.is_eval_step(step):
             self.save()
-        if self.interrupted:
+        if interrupted:
             raise KeyboardInterrupt(f"step {step} is saved, --resume goes on from it")
         if step == self.steps:                         # nothing is left to be saved
             self.set_signal_handler(self.on_signal, signal.default_int_handler)
@@ -206,14 +219,16 @@ class Run:
 
     def save(self, name="ckpt.pt"):
         """All that `restore` needs to go on from here."""
-        more = {}
+        random_state = {"rng": gather(torch.get_rng_state())}
         if torch.cuda.is_available():
-            more["rng_cuda"] = torch.cuda.get_rng_state()
+            random_state["rng_cuda"] = gather(torch.cuda.get_rng_state())
+        if rank() > 0:
+            return
         modules = {name: module.state_dict() for name, module in self.modules.items()}
         save_checkpoint(
             self.out, self.model, self.tokenizer, name, step=self.step,
             finished=self.step == self.steps, optimizer=self.optimizer.state_dict(),
-            rng=torch.get_rng_state(), state=self.state, modules=modules, **more)
+            state=self.state, modules=modules, **random_state)
 
     def stop_early(self, reason):
         """The state now goes to stopped.pt, the last good checkpoint stays, and the run ends."""
@@ -232,8 +247,10 @@ class Run:
 
     def on_signal(self, number, frame):
         """`end_step` saves and ends the run; the same signal again ends it at once."""
-        signal.signal(number, signal.default_int_handler)
         self.interrupted = True
+        if world_size() > 1:                           # torchrun repeats it, and kills after 30 s
+            return
+        signal.signal(number, signal.default_int_handler)
         print("\ninterrupted: this step is finished and saved first; once more ends it at once",
               file=sys.stderr)
 
@@ -253,12 +270,15 @@ class Run:
         text = ""
         for row, response in list(zip(rows, texts))[:n]:
             text += f"    {row['prompt']!r} -> {response!r}\n"
-        with open(self.path("samples.txt"), "a", encoding="utf-8") as f:
-            f.write(f"{title}\n{text}")
+        if rank() == 0:
+            with open(self.path("samples.txt"), "a", encoding="utf-8") as f:
+                f.write(f"{title}\n{text}")
         return text
 
     def plot(self, *panels):
         """curves.png: a panel for each string of metric names, where matplotlib is installed."""
+        if rank() > 0:
+            return
         try:
             import matplotlib
             matplotlib.use("Agg")
@@ -328,20 +348,30 @@ def prefixed(prefix, metrics):
 
 
 def main(train, Config):
-    """What `python script.py` does: parse, train, and end in one line if the input was invalid."""
+    """What `python script.py` does: parse, train, and end in one line if the input was invalid. Of
+    several ranks, rank 0 prints, and the first that fails says why."""
     name = os.path.basename(sys.argv[0])
     what_stands = "the last checkpoint is kept, --resume continues from it"
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     sys.stdout.reconfigure(errors="backslashreplace")       # a log file in an old encoding has no ε
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's Ctrl-C
     try:
         train(parse_config(Config))
+        disconnect()
+        return
     except InputError as e:
-        sys.exit(f"{name}: {e}")
+        reason = f"{name}: {e}"
     except torch.OutOfMemoryError as e:                       # of the GPU
-        sys.exit(f"{name}: {str(e).split('. ')[0]}; to use less memory: --gradient_checkpointing "
-                 "true, a smaller --micro_batch_tokens (16384 by default), or shorter responses; "
-                 f"{what_stands}")
+        reason = (f"{name}: {str(e).split('. ')[0]}; to use less memory: --gradient_checkpointing "
+                  "true, a smaller --micro_batch_tokens (16384 by default), or shorter responses; "
+                  f"{what_stands}")
     except OSError as e:                                      # a full disk, a folder that went away
-        sys.exit(f"{name}: {e.filename or 'output'}: {e.strerror or e}; {what_stands}")
+        reason = f"{name}: {e.filename or 'output'}: {e.strerror or e}; {what_stands}"
     except KeyboardInterrupt as e:
-        sys.exit(f"\n{name}: interrupted; {str(e) or what_stands}")
+        reason = f"\n{name}: interrupted; {str(e) or what_stands}"
+    except RuntimeError as e:
+        if not is_lost_connection(e):
+            raise
+        reason = f"{name}: another process has ended; {what_stands}"
+    sys.exit(reason if is_first_to_fail() else 1)

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.data import spread
+from common.distributed import gather_list, share, world_size
 from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
 from model import LinearLogp, autocast, uses_bf16
@@ -21,8 +22,11 @@ MIN_REWARD_STD = 0.1              # PPO divides rewards by their standard deviat
 
 
 def batches(rows, size, seed, start=0):
-    """Endless batches of `size` rows. Each epoch is shuffled by (seed, epoch) alone, so that a
-    resumed run skips `start` batches and goes on."""
+    """Endless batches of `size` rows, of which each rank gets its share. Each epoch is shuffled by
+    (seed, epoch) alone, so that a resumed run skips `start` batches and goes on."""
+    if size < world_size():
+        raise InputError(f"{world_size()} processes cannot share batches of {size} rows")
+
     def shuffled(epoch):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         return torch.randperm(len(rows), generator=generator).tolist()
@@ -34,7 +38,7 @@ def batches(rows, size, seed, start=0):
             epoch += 1
             order = order[i:] + shuffled(epoch)
             i = 0
-        yield [rows[k] for k in order[i:i + size]]
+        yield [rows[k] for k in share(order[i:i + size])]
         i += size
 
 
@@ -228,6 +232,7 @@ def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
     rows = spread(rows, min(512, cfg.eval_prompts or 512))
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = eval_batch_size(policy, longest)
+    rows = share(rows)
     uniform = torch.rand(len(rows), cfg.max_new_tokens, dtype=torch.float64)
     rewards, ended = [], []
     for i in range(0, len(rows), size):
@@ -240,11 +245,11 @@ def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
             cfg, reward_model, score, chunk, tokens, mask.cpu(), responses, cfg.truncated_reward)
         rewards += reward.tolist()
         ended += [text is not None for text in responses]
-    ended, reward = torch.tensor(ended), torch.tensor(rewards)
+    ended, reward = torch.tensor(gather_list(ended)), torch.tensor(gather_list(rewards))
     lowest = min([cfg.truncated_reward, *reward[ended].tolist()])
     reward = torch.where(ended, reward, lowest)
     std = float(reward.std(correction=0))
-    print(f"reward of {len(rows)} responses: mean {reward.mean():.3f}, standard deviation "
+    print(f"reward of {len(reward)} responses: mean {reward.mean():.3f}, standard deviation "
           f"{std:.3f}; a truncated response gets {lowest:.3f}")
     if std < MIN_REWARD_STD:
         print("warning: rewards hardly differ; where they are divided by their standard deviation, "

@@ -438,8 +438,8 @@ def test_the_parts_of_ppos_update(adder, reward_model, tmp_path, monkeypatch):
         norms.append((len(params), max_norm))
         return clip_grad_norm_(params, max_norm)
 
-    def whiten(x, mask, inner=ppo.whiten):
-        adv = inner(x, mask)
+    def whiten(x, mask, total, inner=ppo.whiten):
+        adv = inner(x, mask, total)
         whitened.append(adv[mask > 0])
         return adv
 

@@ -25,7 +25,6 @@ Run:     python grpo.py                                      -> out/grpo, from o
 Yours:   python grpo.py --data rows.jsonl --init Qwen2.5-0.5B    {"prompt", "answer"}, or GSM8K's
 Ablate:  --kl_beta 0     --group_size 2     --epochs 4     --temperature 0.7
 """
-import copy
 import time
 from dataclasses import dataclass
 
@@ -34,11 +33,11 @@ import torch
 from common.data import load_prompts, load_retained
 from common.distributed import sum_gradients, total, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
-from common.models import load_policy, load_reward_model, setup
+from common.models import load_policy, load_reward_model, make_reference, setup
 from common.optimizers import make_optimizer, set_lr
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, compute_logp, compute_reward, estimate_memory, freeze,
+from common.train import (batches, compute_logp, compute_reward, estimate_memory,
                           measure_reward, micro_batches)
 from common.verifier import RULES, answer_number, gold_number, math_score
 from model import autocast
@@ -75,6 +74,8 @@ class Config:
     micro_batch_tokens: int = 0   # tokens in one forward, changes no gradient; 0: by device
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, less memory
     compile: bool = False         # torch.compile the blocks: a slow start, faster updates
+    lora_rank: int = 0            # r of LoRA, which trains adapters alone; 0: all weights are trained
+    lora_alpha: float = 32.0      # α of LoRA, whose adapters are scaled by α / r
     lr: float = 1.5e-4            # peak rate of AdamW; for a pretrained model 1e-6
     warmup: int = 3               # rollouts of linear warm-up, then half a cosine down to a tenth
     grad_clip: float = 1.0        # largest gradient norm
@@ -172,7 +173,7 @@ def train(cfg):
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     reference = None                                            # without a KL penalty
     if cfg.kl_beta:
-        reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)   # float32 if it moves
+        reference = make_reference(policy, moves=cfg.ref_every > 0)
     optimizer = make_optimizer(policy, cfg.lr)
     B, micro_tokens = cfg.prompts * cfg.group_size // world_size(), cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens

@@ -31,7 +31,6 @@ Run:     python ppo.py                 -> out/ppo, from out/sft and out/reward (
 Yours:   python ppo.py --data rows.jsonl --init out/mine --reward out/my_reward    {"prompt"}
 Ablate:  --kl_beta 0     --gae_lambda 0.5     --value_clip_eps 0     --epochs 4
 """
-import copy
 import math
 import time
 from dataclasses import dataclass
@@ -41,12 +40,13 @@ import torch
 from common.data import load_prompts, load_retained
 from common.distributed import sum_gradients, total, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, explained_variance, rollout_stats
-from common.models import load_policy, load_reward_model, make_critic, setup
+from common.models import (load_policy, load_reward_model, make_critic, make_reference,
+                           setup)
 from common.optimizers import Optimizers, make_optimizer, set_lr
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, compute_logp, compute_reward, compute_values, estimate_memory,
-                          freeze, measure_reward, micro_batches)
+from common.train import (batches, compute_logp, compute_reward, compute_values,
+                          estimate_memory, measure_reward, micro_batches)
 from common.verifier import RULES, answer_number, gold_number, math_score
 from model import autocast
 
@@ -82,6 +82,8 @@ class Config:
     micro_batch_tokens: int = 0   # tokens in one forward, changes no gradient; 0: by device
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, less memory
     compile: bool = False         # torch.compile the blocks: a slow start, faster updates
+    lora_rank: int = 0            # r of LoRA, which trains adapters alone; 0: all weights are trained
+    lora_alpha: float = 32.0      # α of LoRA, whose adapters are scaled by α / r
     lr: float = 1e-4              # peak rate of the policy's AdamW; for a pretrained model 1e-6
     critic_lr: float = 3e-4       # peak rate of the critic's; for a pretrained model 1e-5
     warmup: int = 3               # rollouts of linear warm-up, then linearly down to 0
@@ -211,7 +213,7 @@ def train(cfg):
     train_rows, val_rows, test_rows = splits
     retained = load_retained(cfg, tokenizer, policy.cfg.block_size)
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
-    reference = freeze(copy.deepcopy(policy))
+    reference = make_reference(policy)
     critic = make_critic(cfg, policy, reward_model)
     policy_optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
     critic_optimizer = make_optimizer(critic, cfg.critic_lr, eps=1e-5)

@@ -1,5 +1,6 @@
 """Checkpoints, written atomically and read without running code; and `load`, which reads either a
 checkpoint folder or a Hugging Face folder."""
+import hashlib
 import os
 import zipfile
 from dataclasses import asdict
@@ -8,6 +9,8 @@ import torch
 
 from common.hf import (folder_tokenizer, is_hf_folder, read_config, read_folder,
                        refuse_other_weights, stop_at_turn_end)
+from common.lora import (add_adapters, lora_of, remove_adapters, share_base, trained_state,
+                         trunk_of)
 from common.tokenizer import InputError, chat_by_default, make_tokenizer
 from model import GPT, GPTConfig, ScalarModel
 
@@ -16,14 +19,20 @@ TOKENIZER_FIELDS = ("name", "turns", "system", "today", "files")
 
 
 def save_checkpoint(folder, model, tokenizer, name="ckpt.pt", **state):
-    """Write folder/name atomically: a reader finds the old file or the new one, whole."""
-    trunk = getattr(model, "trunk", model)
+    """Write folder/name atomically: a reader finds the old file or the new one, whole. Of a model
+    with adapters it holds what is trained, and names the base."""
     data = {
         "kind": type(model).__name__,
-        "config": asdict(trunk.cfg),
+        "config": asdict(trunk_of(model).cfg),
         "tokenizer": {name: getattr(tokenizer, name) for name in TOKENIZER_FIELDS},
-        "model": model.state_dict(),
+        "model": trained_state(model),
     }
+    lora = lora_of(model)
+    if lora:
+        base = lora["base"]
+        if not os.path.isabs(base):                    # the two may move together
+            base = os.path.relpath(base, folder).replace(os.sep, "/")
+        data["lora"] = lora | {"base": base}
     path = os.path.join(folder, name)
     try:
         with open(path + ".tmp", "wb") as f:
@@ -57,6 +66,8 @@ def read_checkpoint(folder):
             raise ValueError("keys")
         if not data["tokenizer"].keys() >= set(TOKENIZER_FIELDS):
             raise ValueError("tokenizer")
+        if "lora" in data and not data["lora"].keys() >= {"rank", "alpha", "base", "base_hash"}:
+            raise ValueError("lora")
         for name, x in data["model"].items():
             if not isinstance(name, str) or not x.is_floating_point() or x.layout != torch.strided:
                 raise ValueError(name)
@@ -66,8 +77,19 @@ def read_checkpoint(folder):
                          f"({type(e).__name__})") from e
 
 
-def load(path, device="cpu", kind=None, chat="auto", system="auto", today=""):
-    """A checkpoint folder or a Hugging Face folder -> model, tokenizer.
+def hash_weights(model):
+    """SHA-256 of some thousand values of every tensor. They are rounded to bf16, as models that are
+    only read may hold them."""
+    digest = hashlib.sha256()
+    for x in model.state_dict().values():
+        x = x.flatten()[::1 + x.numel() // 4096].bfloat16().cpu()
+        digest.update(x.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def load(path, device="cpu", kind=None, chat="auto", system="auto", today="", policy=None):
+    """A checkpoint folder or a Hugging Face folder -> model, tokenizer. Adapters are merged into
+    their base; but if that is the base of `policy`, too, its weights are shared.
 
     kind: "GPT" or "ScalarModel", where the other one is an error. chat: "chat" makes a lone prompt
     a user's turn, "plain" leaves it plain text. system: message of chats that have none; "" is an
@@ -81,16 +103,42 @@ def load(path, device="cpu", kind=None, chat="auto", system="auto", today=""):
         raise InputError(f"{path}: this is {found}, and {names[kind]} is needed here")
     if not is_checkpoint:
         return read_folder(path, device, chat, system, today)
+    base = load_base(path, data["lora"], policy) if "lora" in data else None
     try:
-        model = GPT(GPTConfig(**data["config"]))
+        cfg = GPTConfig(**data["config"])
+        model = GPT(cfg) if base is None else base
     except Exception as e:
         raise InputError(f"{path}: its config does not describe a model ({e})") from None
+    model.cfg = cfg
     if data["kind"] == "ScalarModel":
         model = ScalarModel(model)
+    if base is not None:
+        add_adapters(model, **data["lora"])
     load_weights(model, data["model"], path)
+    if base is not None and not has_base(policy, data["lora"]):
+        remove_adapters(model, merge=True)
     tokenizer = saved_tokenizer(path, data["tokenizer"], chat, system)
-    stop_at_turn_end(getattr(model, "trunk", model).cfg, tokenizer)
+    stop_at_turn_end(cfg, tokenizer)
     return model.to(device), tokenizer
+
+
+def has_base(policy, lora):
+    """Whether a policy has adapters on the same base."""
+    ours = None if policy is None else lora_of(policy)
+    return ours is not None and ours["base_hash"] == lora["base_hash"]
+
+
+def load_base(path, lora, policy):
+    """The model that the adapters of a checkpoint belong to."""
+    if has_base(policy, lora):
+        return remove_adapters(share_base(policy))
+    folder = os.path.normpath(os.path.join(path, lora["base"]))
+    if not os.path.exists(folder):
+        raise InputError(f"{path}: its adapters belong to {folder}, which does not exist")
+    base, _ = load(folder, kind="GPT")
+    if hash_weights(base) != lora["base_hash"]:
+        raise InputError(f"{path}: its adapters were trained on other weights than {folder} has")
+    return base
 
 
 def saved_tokenizer(path, saved, chat, system):
@@ -107,11 +155,12 @@ def saved_tokenizer(path, saved, chat, system):
 
 
 def load_weights(model, weights, path):
-    """load_state_dict; the first tensor that is missing, unknown or of another shape is named."""
-    ours = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    """What trained_state gave; the first tensor that is missing, unknown or of another shape is
+    named."""
+    ours = {name: tuple(x.shape) for name, x in trained_state(model).items()}
     theirs = {name: tuple(x.shape) for name, x in weights.items()}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise InputError(f"{path}: tensor {name} has shape {theirs.get(name)}, and "
                              f"{ours.get(name)} is needed")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)       # without the base of adapters

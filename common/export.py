@@ -1,14 +1,17 @@
 """
-A checkpoint as a Hugging Face folder, `python -m common.hf export out/grpo FOLDER`.
+A checkpoint as a Hugging Face folder, `python -m common.hf export out/grpo FOLDER`, or its LoRA
+adapters as PEFT's, `export-adapter`.
 """
 import json
 import os
 import shutil
 from dataclasses import asdict
 
+from common.checkpoint import load, read_checkpoint
 from common.hf import (FAMILIES, GPT2_SIZE_FIELDS, ROPE_FIELDS, SIZE_FIELDS, hf_views, parse_json,
                        read_config)
 from common.tokenizer import InputError
+from model import GPTConfig
 
 
 def byte_letters():
@@ -82,25 +85,46 @@ def new_files(cfg, family, tokenizer):
     return files
 
 
-def write_folder(folder, model, tokenizer):
-    """Write what read_folder and transformers read: float32 weights, and the files that came with
-    the model."""
+def family_of(cfg):
+    if cfg.positions == "learned":
+        return "gpt2"
+    if cfg.qk_norm:
+        return "qwen3"
+    return "qwen2" if cfg.qkv_bias else "llama"
+
+
+def write_files(folder, files, tensors, name):
+    """A new folder with text files and a file of tensors, whole or not at all."""
     try:
-        import tokenizers  # noqa: F401
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise InputError(f"{folder}: pip install safetensors tokenizers, to write it") from None
     if os.path.exists(folder):
         raise InputError(f"{folder}: it exists already; name a new folder")
-    cfg = model.cfg
-    family = "llama"
-    if cfg.positions == "learned":
-        family = "gpt2"
-    elif cfg.qk_norm:
-        family = "qwen3"
-    elif cfg.qkv_bias:
-        family = "qwen2"
+    unfinished = os.path.normpath(folder) + ".tmp"
+    os.makedirs(unfinished)
+    try:
+        for file, text in files.items():
+            with open(os.path.join(unfinished, file), "w", encoding="utf-8") as f:
+                f.write(text)
+        tensors = {key: x.contiguous() for key, x in tensors.items()}
+        save_file(tensors, os.path.join(unfinished, name), metadata={"format": "pt"})
+        os.replace(unfinished, folder)
+    except SafetensorError as e:
+        raise InputError(f"{folder}: could not be written ({e})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)          # nothing is left of a failed export
+
+
+def write_folder(folder, model, tokenizer):
+    """Write what read_folder and transformers read: float32 weights, and the files that came with
+    the model."""
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError:
+        raise InputError(f"{folder}: pip install safetensors tokenizers, to write it") from None
+    cfg, family = model.cfg, family_of(model.cfg)
     files = dict(tokenizer.files) or new_files(cfg, family, tokenizer)
 
     stop = {"eos_token_id": list(cfg.stop_token_ids)}
@@ -125,16 +149,47 @@ def write_folder(folder, model, tokenizer):
         if again[field] != x:
             raise InputError(f"{folder}: a {family} config.json cannot say {field} = {x}")
 
-    unfinished = os.path.normpath(folder) + ".tmp"
-    os.makedirs(unfinished)
-    try:
-        for name, text in files.items():
-            with open(os.path.join(unfinished, name), "w", encoding="utf-8") as f:
-                f.write(text)
-        tensors = {name: view.contiguous() for name, view in hf_views(model, family).items()}
-        save_file(tensors, os.path.join(unfinished, "model.safetensors"), metadata={"format": "pt"})
-        os.replace(unfinished, folder)
-    except SafetensorError as e:
-        raise InputError(f"{folder}: could not be written ({e})") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)          # nothing is left of a failed export
+    tensors = hf_views(cfg, family, model.state_dict())
+    write_files(folder, files, tensors, "model.safetensors")
+
+
+def write_adapter(folder, path):
+    """The adapters in a checkpoint as PEFT has them. Matrices that are one here and several there
+    (query, key and value; gate and up) share A; their B is a part of ours. Returns the base."""
+    data = read_checkpoint(path)
+    if "lora" not in data:
+        raise InputError(f"{path}: it has no adapters; `export` writes the whole model")
+    cfg, lora = GPTConfig(**data["config"]), data["lora"]
+    family = family_of(cfg)
+    tensors, modules = {}, set()
+    for name, B in data["model"].items():
+        if not name.endswith("lora_B"):
+            continue
+        A = data["model"][name.replace("lora_B", "lora_A")]                 # (r, in)
+        for theirs, part in hf_views(cfg, family, {name.replace("lora_B", "weight"): B}).items():
+            module = theirs.removesuffix(".weight")
+            part = part.T if family == "gpt2" else part                     # (part of out, r)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = A.clone()
+            tensors[f"base_model.model.{module}.lora_B.weight"] = part
+            modules.add(module.rpartition(".")[2])
+    base = os.path.normpath(os.path.join(path, lora["base"]))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+              "r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": sorted(modules),
+              "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": family == "gpt2"}
+    files = {"adapter_config.json": json.dumps(config, indent=2)}
+    write_files(folder, files, tensors, "adapter_model.safetensors")
+    return base
+
+
+def export(command, path, folder):
+    """What `python -m common.hf` does: write a folder and say what is in it."""
+    if command == "export-adapter":
+        base = write_adapter(folder, path)
+        print(f"{folder}: an adapter for {base}, which PEFT loads beside it")
+        return
+    model, tokenizer = load(path, kind="GPT")
+    write_folder(folder, model, tokenizer)
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{folder}: {n_params:,} parameters in float32, and the tokenizer")
+    if tokenizer.files and tokenizer.turns and tokenizer.system != "auto":
+        print(f"its chat template does not have the system message {tokenizer.system!r}")

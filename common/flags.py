@@ -17,7 +17,8 @@ AT_LEAST = {"steps": 1, "prompts": 1, "epochs": 1, "batch": 1, "minibatch": 1, "
             "n_layer": 1, "n_embd": 1, "n_head": 1, "truncated_reward": -math.inf,
             "length_bias": -math.inf}
 AT_MOST = {"gamma": 1, "gae_lambda": 1, "label_noise": 1, "ref_mix": 1, "seed": 2 ** 32 - 1}
-ABOVE_ZERO = {"temperature": "or all responses to a prompt are the same"}
+ABOVE_ZERO = {"temperature": "or all responses to a prompt are the same",
+              "lora_alpha": "or adapters have no effect"}
 BELOW_HALF = {"label_smoothing": "or the labels say nothing or the opposite"}
 
 
@@ -138,6 +139,9 @@ def check_limits(cfg):
         raise InputError(f"--batch {cfg.batch}: too few for {ranks} processes")
     if cfg.test and not cfg.data:
         raise InputError(f"--test {cfg.test}: needs --data; the built-in task has its own rows")
+    if getattr(cfg, "ref_every", 0) and cfg.lora_rank:
+        raise InputError(f"--ref_every {cfg.ref_every}: under --lora_rank the reference is the "
+                         "base, which does not move")
     if getattr(cfg, "ref_every", 0) and not cfg.kl_beta:
         raise InputError(f"--ref_every {cfg.ref_every}: there is no reference without --kl_beta")
     if hasattr(cfg, "minibatch"):

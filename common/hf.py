@@ -185,15 +185,16 @@ def read_stop_token_ids(path, files, config, vocab_size, refuse):
     return tuple(dict.fromkeys(ids))
 
 
-def hf_views(model, family):
-    """{name of a tensor in a Hugging Face file: view of our tensor that holds it}."""
-    cfg, views = model.cfg, {}
+def hf_views(cfg, family, state):
+    """{name of a tensor in a Hugging Face file: view of our tensor that holds it}. state: our
+    tensors by name, as state_dict gives them."""
+    views = {}
     gpt2 = family == "gpt2"
     names = GPT2_TENSOR_NAMES if gpt2 else TENSOR_NAMES
     trunk = "transformer." if gpt2 else "model."
     layers = "h" if gpt2 else "layers"
     pattern = re.compile(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)")
-    for name, x in model.state_dict().items():
+    for name, x in state.items():
         layer, module, kind = pattern.fullmatch(name).groups()
         prefix = "" if module == "head" else trunk
         if layer:
@@ -251,7 +252,7 @@ def read_weights(path, files, family, cfg, device):
     with torch.device("meta"):
         model = GPT(cfg)
     model = model.to_empty(device=device)
-    views = hf_views(model, family)
+    views = hf_views(cfg, family, model.state_dict())
     for name, view in views.items():
         if name not in found:
             raise InputError(f"{path}: tensor {name} is missing, of shape {list(view.shape)}")
@@ -347,18 +348,13 @@ def read_folder(path, device="cpu", chat="auto", system="auto", today=""):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "export":
-        sys.exit("usage: python -m common.hf export out/grpo FOLDER")
-    from common import load
-    from common.export import write_folder
+    if len(sys.argv) != 4 or sys.argv[1] not in ("export", "export-adapter"):
+        sys.exit("usage: python -m common.hf export out/grpo FOLDER\n"
+                 "       python -m common.hf export-adapter out/grpo FOLDER    LoRA, as PEFT has it")
+    from common.export import export
     try:
-        model, tokenizer = load(sys.argv[2], kind="GPT")
-        write_folder(sys.argv[3], model, tokenizer)
+        export(*sys.argv[1:])
     except InputError as e:
         sys.exit(f"export: {e}")
     except OSError as e:
         sys.exit(f"export: {e.filename or sys.argv[3]}: {e.strerror or e}")
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{sys.argv[3]}: {n_params:,} parameters in float32, and the tokenizer")
-    if tokenizer.files and tokenizer.turns and tokenizer.system != "auto":
-        print(f"its chat template does not have the system message {tokenizer.system!r}")

@@ -9,10 +9,11 @@ import warnings
 
 import torch
 
-from common.checkpoint import load, read_checkpoint
+from common.checkpoint import hash_weights, load, read_checkpoint
 from common.distributed import (connect, environment_of_one_process, gather, local_rank,
-                                rank)
+                                rank, world_size)
 from common.flags import check_limits, read_settings
+from common.lora import add_adapters, lora_of, remove_adapters, share_base, train_adapters
 from common.tokenizer import InputError, chat_by_default, make_tokenizer
 from common.train import configure_blocks, freeze
 from common.verifier import RULES
@@ -46,11 +47,12 @@ def cuda_works():
     for warning in caught:
         if "CUDA" in str(warning.message) and not available:
             print(f"warning: no GPU is used: {first_line(warning.message)}")
-    if available:
+    if available and world_size() > 1:
         n = torch.cuda.device_count()
         if local_rank() >= n:
             raise InputError(f"torchrun starts more processes than this machine has GPUs, {n}")
         torch.cuda.set_device(local_rank())
+    if available:
         try:
             torch.ones(1, device="cuda").add_(1)
         except RuntimeError as e:
@@ -102,11 +104,22 @@ def first_day(cfg):
     return read_settings(cfg.out).get("today", "") if cfg.resume else ""
 
 
+def load_init(cfg, device):
+    """The model in --init, with adapters if --lora_rank says so, and its tokenizer."""
+    first = "cpu" if cfg.lora_rank else device         # a base is bf16 before it is on a GPU
+    model, tokenizer = load(cfg.init, first, "GPT", cfg.chat, cfg.system, first_day(cfg))
+    if cfg.lora_rank:
+        base = {"base": cfg.init, "base_hash": hash_weights(model)}
+        freeze(model, device=device)
+        add_adapters(model, cfg.lora_rank, cfg.lora_alpha, **base).to(device)
+    return model, tokenizer
+
+
 def load_policy(cfg, device):
     """The policy in --init and its tokenizer. Runs sft.py first if the default one is missing."""
     if not cfg.data:
         ensure_checkpoint(cfg.init, "sft.py", type(cfg).init, cfg.seed)
-    policy, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system, first_day(cfg))
+    policy, tokenizer = load_init(cfg, device)
     configure_blocks(policy, cfg.gradient_checkpointing, cfg.compile)
     return policy, tokenizer
 
@@ -114,7 +127,7 @@ def load_policy(cfg, device):
 def load_or_create_model(cfg, device):
     """The model in --init, or a new one of the shape in the flags, and its tokenizer."""
     if cfg.init:
-        model, tokenizer = load(cfg.init, device, "GPT", cfg.chat, cfg.system, first_day(cfg))
+        model, tokenizer = load_init(cfg, device)
         for name in ("block_size", "n_layer", "n_embd", "n_head"):
             ours, its = getattr(cfg, name), getattr(model.cfg, name)
             if ours not in (getattr(type(cfg), name), its):
@@ -122,6 +135,9 @@ def load_or_create_model(cfg, device):
         if cfg.tokenizer not in (type(cfg).tokenizer, tokenizer.name):
             raise InputError(f"--tokenizer {cfg.tokenizer}: {cfg.init} has its own, which stays")
     else:
+        if cfg.lora_rank:
+            raise InputError(f"--lora_rank {cfg.lora_rank}: needs --init; adapters alone do not "
+                             "train a model from scratch")
         turns = chat_by_default(cfg.chat, False, cfg.system)
         tokenizer = make_tokenizer(cfg.tokenizer, turns, cfg.system)
         if cfg.n_embd % cfg.n_head or cfg.n_embd // cfg.n_head % 2:
@@ -147,7 +163,7 @@ def load_reward_model(cfg, policy, tokenizer):
 
 def read_reward_model(path, policy, tokenizer):
     """The frozen reward model in a folder, which must fit the policy."""
-    model, own = load(path, policy.device, "ScalarModel")
+    model, own = load(path, policy.device, "ScalarModel", policy=policy)
     if not all(p.isfinite().all() for p in model.parameters()):
         raise InputError(f"--reward {path}: its weights are not finite")
     for name, theirs, ours in (
@@ -163,12 +179,27 @@ def read_reward_model(path, policy, tokenizer):
     return freeze(model)
 
 
+def make_reference(policy, moves=False):
+    """The policy as it is now, frozen; float32 if it moves. Under LoRA it is the policy without its
+    adapters, with the same tensors."""
+    if lora_of(policy) is not None:
+        return remove_adapters(share_base(policy))
+    return freeze(copy.deepcopy(policy), bf16=not moves)
+
+
 def make_critic(cfg, policy, reward_model):
-    """The critic starts as the reward model; under the rule as the policy, with a head of zeros."""
-    if reward_model is None:
-        critic = ScalarModel(copy.deepcopy(policy)).to(policy.device)
+    """The critic starts as the reward model; under the rule as the policy, with a head of zeros.
+    Under LoRA it shares their base."""
+    if cfg.lora_rank:
+        critic = share_base(reward_model or policy)
     else:
-        critic = copy.deepcopy(reward_model)
-    critic.to(policy.unembedding.dtype).requires_grad_(True)
+        critic = copy.deepcopy(reward_model or policy)
+        critic.to(policy.unembedding.dtype).requires_grad_(True)
+    if reward_model is None:
+        critic = ScalarModel(critic).to(policy.device)
+    if cfg.lora_rank and lora_of(critic) is None:              # the reward model was trained whole
+        add_adapters(critic, cfg.lora_rank, cfg.lora_alpha)
+    elif cfg.lora_rank:
+        train_adapters(critic)
     configure_blocks(critic.trunk, cfg.gradient_checkpointing, cfg.compile)
     return critic

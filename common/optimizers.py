@@ -102,7 +102,8 @@ def make_optimizer(model, lr, weight_decay=0.0, muon_lr=0.0, eps=1e-8):
     groups = [{"params": decayed, "weight_decay": weight_decay},
               {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    fused = others[0].device.type in ("cpu", "cuda")   # one kernel for all parameters
+    device = next(model.parameters()).device
+    fused = device.type in ("cpu", "cuda")             # one kernel for all parameters
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=fused)
     if not muon:
         return Optimizers(adamw)

@@ -15,12 +15,14 @@ from dataclasses import asdict
 
 import torch
 
-from common.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from common.checkpoint import (hash_weights, load_weights, read_checkpoint,
+                               save_checkpoint)
 from common.distributed import (disconnect, gather, is_first_to_fail, is_lost_connection, rank,
                                 total, world_size)
 from common.early_stopping import EarlyStopping
 from common.flags import parse_config, script_name
 from common.hf import is_hf_folder
+from common.lora import lora_of, trained_state
 from common.tokenizer import InputError
 
 
@@ -41,7 +43,9 @@ class Run:
         n_train, n_val, n_test = (len(rows) for rows in splits)
         device = next(model.parameters()).device
         devices = device.type if world_size() == 1 else f"{world_size()} x {device.type}"
-        print(f"{name}: {n_params:,} parameters on {devices}, {n_train:,} training, "
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = f", {learning:,} of them learn," if learning < n_params else ""
+        print(f"{name}: {n_params:,} parameters{frozen} on {devices}, {n_train:,} training, "
               f"{n_val:,} validation and {n_test:,} test rows")
         if hasattr(cfg, "minibatch"):
             n = cfg.prompts * getattr(cfg, "group_size", 1)
@@ -59,8 +63,10 @@ class Run:
         self.state = {"data_hash": hash_rows(splits)}
         if reference is not None and getattr(cfg, "ref_every", 0):
             self.modules["reference"] = reference
+        elif lora_of(model) is not None:
+            self.state["init_hash"] = lora_of(model)["base_hash"]
         elif reference is not None:
-            self.state["reference_hash"] = hash_embedding(reference)
+            self.state["init_hash"] = hash_weights(reference)
         self.start = time.perf_counter()
         self.rows = []                                 # of metrics.jsonl
         self.clock = None                              # step and time of the first printed line
@@ -84,15 +90,15 @@ class Run:
                              f"--init {self.out}")
         if data["state"]["data_hash"] != self.state["data_hash"]:
             raise InputError(f"{self.out}: this run began with other data than --data has now")
-        if data["state"].get("reference_hash") != self.state.get("reference_hash"):
+        if data["state"].get("init_hash") != self.state.get("init_hash"):
             raise InputError(f"{self.out}: this run began with other weights than --init has now, "
-                             "and they are its reference")
+                             "and they are its reference or the base of its adapters")
         if len(data["rng"]) != world_size():
             raise InputError(f"{self.out}: this run has {len(data['rng'])} processes, and goes on "
                              f"with as many, not with {world_size()}")
         load_weights(self.model, data["model"], f"{self.out}: the flags do not fit its checkpoint")
         for name, module in self.modules.items():
-            module.load_state_dict(data["modules"][name])
+            load_weights(module, data["modules"][name], self.out)
         self.optimizer.load_state_dict(data["optimizer"])
         torch.set_rng_state(data["rng"][rank()])
         if torch.cuda.is_available() and "rng_cuda" in data:
@@ -224,7 +230,7 @@ class Run:
             random_state["rng_cuda"] = gather(torch.cuda.get_rng_state())
         if rank() > 0:
             return
-        modules = {name: module.state_dict() for name, module in self.modules.items()}
+        modules = {name: trained_state(module) for name, module in self.modules.items()}
         save_checkpoint(
             self.out, self.model, self.tokenizer, name, step=self.step,
             finished=self.step == self.steps, optimizer=self.optimizer.state_dict(),
@@ -306,12 +312,6 @@ def hash_rows(splits):
             fields = [(name, x) for name, x in sorted(row.items()) if not name.startswith("_")]
             digest.update(repr(fields).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def hash_embedding(model):
-    """SHA-256 of a model's embedding, which every training changes and `freeze` leaves alone."""
-    weight = model.embedding.weight.detach().cpu().contiguous()
-    return hashlib.sha256(weight.view(torch.uint8).numpy()).hexdigest()
 
 
 def memory_gb():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from common.data import spread
 from common.distributed import gather_list, share, world_size
+from common.lora import lora_of, trunk_of
 from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
 from model import LinearLogp, autocast, uses_bf16
@@ -260,13 +261,13 @@ def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
 # ------------------------------------------------------------------------------- models and memory
 
 
-def freeze(model, bf16=True):
-    """No gradients. With bf16, and where the forward is in bf16 anyway, the weights of its products
-    are stored in bf16: half of the memory, the same products. Embeddings, which are looked up in
-    float32, norms, biases and the scalar head stay float32."""
-    trunk = getattr(model, "trunk", model)
-    bf16 = bf16 and uses_bf16(model)
-    for module in trunk.modules():
+def freeze(model, bf16=True, device=None):
+    """No gradients. With bf16, and where the forward is in bf16 anyway, on the device where it is
+    or will be, the weights of its products are stored in bf16: half of the memory, the same
+    products. Embeddings, which are looked up in float32, norms, biases, adapters and the scalar
+    head stay float32."""
+    bf16 = bf16 and uses_bf16(model, device)
+    for module in trunk_of(model).modules():
         if bf16 and isinstance(module, nn.Linear):
             module.weight.data = module.weight.data.bfloat16()
     return model.requires_grad_(False)
@@ -295,19 +296,30 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
     norm and product of a block, or only the block's input where it is recomputed. Generation (cache
     and sampling) and update never overlap, so their peaks do not add up.
     """
-    def size(model):
-        return sum(p.numel() * p.element_size() for p in model.parameters())
+    counted = set()
 
+    def size(params):
+        """Bytes of the parameters that no model before has; models may share a base."""
+        new = {id(p): p for p in params if id(p) not in counted}
+        counted.update(new)
+        return sum(p.numel() * p.element_size() for p in new.values())
+
+    learning = [p for model in trained for p in model.parameters() if p.requires_grad]
+    in_lora = lora_of(trained[0]) is not None
     bf16 = uses_bf16(trained[0])
     e = 2 if bf16 else 4                               # bytes per activation
     cfg = trained[0].cfg
     budget = micro_batch_tokens or default_micro_batch_tokens(device)
     C, D, H, K, M = cfg.n_embd, cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.intermediate_size
-    norms = 2 * C * (8 if cfg.norm == "rms" else 4)    # RMSNorm also keeps its normalised input
+    # an RMSNorm that learns also keeps its normalised input
+    scaled = 4 if cfg.norm == "rms" and not in_lora else 0
+    norms = 2 * C * (4 + scaled)
     heads = (3 if cfg.positions == "rope" else 2) * (H + K) * D             # q, k, v and the result
     hidden = (4 if cfg.mlp == "swiglu" else 2) * M
-    block = norms + e * (2 * C + heads + hidden) + (H + K) * D * cfg.qk_norm * (12 - 2 * e)
-    if getattr(trained[0], "trunk", trained[0]).gradient_checkpointing:
+    block = norms + e * (2 * C + heads + hidden) + (H + K) * D * cfg.qk_norm * (8 + scaled - 2 * e)
+    if in_lora:
+        block += 4 * e * lora_of(trained[0])["rank"]   # what A gives in four layers
+    if trunk_of(trained[0]).gradient_checkpointing:
         kept = cfg.n_layer * 4 * C + block
     else:
         kept = cfg.n_layer * block
@@ -317,26 +329,28 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         copies = 1 if isinstance(part, torch.optim.Muon) else 2
         for group in part.param_groups:
             moments += sum(p.numel() * 4 * copies for p in group["params"])
-    weights = sum(size(model) for model in trained)
+    weights = size(p for model in trained for p in model.parameters())
+    cast = sum(p.numel() for p in trained[0].parameters() if p.requires_grad)
+    unembedding = cfg.vocab_size * C
     per_token = cache_bytes(trained[0])
     eval_tokens = min(EVAL_BATCH_TOKENS, eval_byte_limit(device) // per_token)
     tile = min(LinearLogp.TILE[device.type], budget * cfg.vocab_size)
     plan = {
         "weights": weights,
-        "gradients": weights,
+        "gradients": sum(p.numel() * p.element_size() for p in learning),
         "moments": moments,
-        "frozen": sum(size(model) for model in frozen if model is not None),
-        "bf16 copies": size(trained[0]) // 2 if bf16 else 0,
+        "frozen": size(p for model in frozen if model is not None for p in model.parameters()),
+        "bf16 copies": 2 * cast if bf16 else 0,
         "cache": max(responses * longest, eval_tokens) * per_token,
         "sampling": responses * sampling_bytes(trained[0]),
         "activations": budget * (norms // 2 + kept),
-        "logits": 2 * 4 * tile + cfg.vocab_size * C * (6 if bf16 else 4),
+        "logits": 2 * 4 * tile + unembedding * (4 * (not in_lora) + 2 * bf16),
     }
     peak = sum(plan.values()) - min(plan["cache"] + plan["sampling"], plan["activations"])
     unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
     line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"
-    saved = (plan["weights"] + plan["moments"]) / scale
+    saved = (plan["gradients"] + plan["moments"]) / scale      # what is trained
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         line += f" of {total / scale:.1f}"

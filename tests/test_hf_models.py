@@ -145,7 +145,7 @@ def test_log_probs_gradients_and_greedy_responses_are_those_of_transformers(publ
     grads = copy.deepcopy(ours)
     for p, g in zip(grads.parameters(), ours.parameters()):
         p.data = g.grad
-    views = hf_views(grads, theirs.config.model_type)
+    views = hf_views(ours.cfg, theirs.config.model_type, grads.state_dict())
     for tensor, p in theirs.named_parameters():
         assert (views[tensor] - p.grad).abs().max() < 1e-4 * max(1, p.grad.abs().max()), tensor
     prompts = [tokens[0, :7].tolist(), tokens[1, :3].tolist()]
@@ -211,7 +211,7 @@ def test_half_precision_files_become_float32_masters_exactly(dtype, tmp_path):
     make(str(tmp_path / "in"), "qwen2", dtype)
     stored = load_file(tmp_path / "in/model.safetensors")
     model, tokenizer = load(str(tmp_path / "in"))
-    for name, view in hf_views(model, "qwen2").items():
+    for name, view in hf_views(model.cfg, "qwen2", model.state_dict()).items():
         assert stored[name].dtype == dtype and view.dtype == torch.float32
         assert torch.equal(view, stored[name].float())
     write_folder(str(tmp_path / "out"), model, tokenizer)      # always as float32

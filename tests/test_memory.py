@@ -14,6 +14,8 @@ import dpo
 import grpo
 import model as M
 import ppo
+from common.lora import add_adapters, share_base, train_adapters
+from common.models import make_reference
 from common.optimizers import Optimizers, make_optimizer
 from common.train import (default_micro_batch_tokens, estimate_memory, eval_batch_size,
                           freeze)
@@ -93,6 +95,49 @@ def test_the_estimate_counts_what_is_allocated(family, bf16, monkeypatch, capsys
     inputs = kept_for_backward(model, tokens)          # and in backward one block at a time
     again = estimate_memory(CPU, optimizer, [model], micro_batch_tokens=512)["activations"]
     assert abs(again / (inputs + whole / 4) - 1) < 0.1 and again < 0.5 * whole
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_the_estimate_counts_a_shared_base_once(family, bf16, monkeypatch, capsys):
+    """Under LoRA: policy, reference, reward model and critic. Gradients and moments are those of
+    adapters and head."""
+    bf16_devices(monkeypatch, {"cpu"} if bf16 else set())
+    shape = dict(vocab_size=100, block_size=256, n_layer=4, n_embd=128, n_head=4,
+                 intermediate_size=320)
+    policy = add_adapters(freeze(GPT(GPTConfig(**shape | FAMILIES[family]))), 8, 16.0)
+    critic = train_adapters(ScalarModel(share_base(policy)))
+    reward_model = share_base(critic).requires_grad_(False)
+    frozen = [make_reference(policy), reward_model]
+    optimizer = Optimizers(*make_optimizer(policy, 1e-3).parts, *make_optimizer(critic, 1e-3).parts)
+    tokens = torch.randint(100, (4, 128))
+    plan = estimate_memory(CPU, optimizer, [policy, critic], frozen, 512)
+    assert capsys.readouterr().out.count("\n") == 1
+
+    with M.autocast(policy):
+        logp, _ = policy.token_logp(tokens)
+        value = critic.value(tokens)
+    (logp.sum() + value.sum()).backward()
+    optimizer.step()
+    trained = {id(p): p for model in (policy, critic) for p in model.parameters()}
+    assert plan["weights"] == size(trained.values())
+    whole = {id(p): p for model in (policy, critic, *frozen) for p in model.parameters()}
+    assert plan["weights"] + plan["frozen"] == size(whole.values())
+    grads = [p.grad for p in trained.values() if p.grad is not None]
+    assert plan["gradients"] == size(grads)
+    moments = []
+    for part in optimizer.parts:
+        for state in part.state.values():
+            moments += [x for x in state.values() if x.dim()]
+    assert plan["moments"] == size(moments) == 2 * size(grads)
+    casts = 0
+    if bf16:
+        casts = sum(p.numel() * 2 for p in policy.parameters() if p.requires_grad)
+    kept = kept_for_backward(policy, tokens) - casts
+    assert abs(plan["activations"] / kept - 1) < 0.03
+    policy.gradient_checkpointing = True
+    inputs = kept_for_backward(policy, tokens)
+    again = estimate_memory(CPU, optimizer, [policy], micro_batch_tokens=512)["activations"]
+    assert abs(again / (inputs + kept / 4) - 1) < 0.1
 
 
 def test_an_evaluation_at_a_large_vocabulary_takes_fewer_prompts_at_a_time(monkeypatch):
@@ -190,7 +235,7 @@ def test_pretrained_models_fit_their_cards_by_the_estimate(script, shape, gib, p
     freeze(reference)
     trained, frozen = [policy], []
     if script is ppo:
-        trained, frozen = [policy, critic], [reference, reference]       # and a reward model
+        trained, frozen = [policy, critic], [reference, copy.deepcopy(reference)]   # reward model
     if script is grpo:
         frozen = [reference]
     optimizer = Optimizers(*[part for x in trained for part in make_optimizer(x, 1e-6).parts])

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # of common/; imports point to the left
-FLOORS = ["tokenizer", "distributed", "hf", "export", "checkpoint", "verifier", "rows", "data", "preferences",
+FLOORS = ["tokenizer", "distributed", "lora", "hf", "checkpoint", "export", "verifier", "rows", "data", "preferences",
           "optimizers", "train", "evaluate", "flags", "models", "early_stopping", "run",
           "show"]
 COMMON = [f"common/{name}.py" for name in FLOORS]

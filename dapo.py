@@ -83,7 +83,7 @@ class Config:
     micro_batch_tokens: int = 0   # tokens in one forward, changes no gradient; 0: by device
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, less memory
     compile: bool = False         # torch.compile the blocks: a slow start, faster updates
-    lora_rank: int = 0            # r of LoRA, which trains adapters alone; 0: all weights are trained
+    lora_rank: int = 0            # r of LoRA, which trains adapters alone; 0: all weights learn
     lora_alpha: float = 32.0      # α of LoRA, whose adapters are scaled by α / r
     lr: float = 1.5e-4            # peak rate of AdamW; for a pretrained model 1e-6
     warmup: int = 3               # rollouts of linear warm-up, then half a cosine down to a tenth
@@ -231,7 +231,6 @@ def train(cfg):
         if not on_policy:
             old_logp = compute_logp(policy, tokens, mask_cpu, cfg.temperature, micro_tokens)
         run.state["prompts_used"] += len(keep)
-        groups = len(keep) * world_size()                       # sampled, by all processes
 
         # 3. advantage: no critic, the group is the baseline
         adv = group_advantage(reward, cfg.group_size)[:, None].to(device)  # (B, 1)
@@ -239,9 +238,8 @@ def train(cfg):
 
         # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
-        kept_responses = cfg.group_size * int(total(keep))      # of all processes
-        n_steps = max(1, math.ceil(kept_responses / cfg.minibatch))  # of like size
         for _ in range(cfg.epochs):
+            n_steps = max(1, math.ceil(int(total(keep)) * cfg.group_size / cfg.minibatch))
             for minibatch in torch.randperm(B).tensor_split(n_steps):
                 n = int(total(mask_cpu[minibatch]))             # response tokens in this step
                 optimizer.zero_grad()
@@ -264,6 +262,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
+        groups = len(keep) * world_size()                       # sampled by all processes
         metrics |= {"lr": lr, "tokens": round(metrics["length"] * groups * cfg.group_size)}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         metrics["generations"] = len(generations)

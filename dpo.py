@@ -75,7 +75,7 @@ class Config:
     micro_batch_tokens: int = 0   # tokens in one forward, changes no gradient; 0: by device
     gradient_checkpointing: bool = False  # recompute blocks in backward: slower, less memory
     compile: bool = False         # torch.compile the blocks: a slow start, faster steps
-    lora_rank: int = 0            # r of LoRA, which trains adapters alone; 0: all weights are trained
+    lora_rank: int = 0            # r of LoRA, which trains adapters alone; 0: all weights learn
     lora_alpha: float = 32.0      # α of LoRA, whose adapters are scaled by α / r
     lr: float = 1e-4              # peak rate of AdamW; for a pretrained model 5e-7
     warmup: int = 5               # steps of linear warm-up, then half a cosine down to 0

@@ -349,8 +349,7 @@ def read_folder(path, device="cpu", chat="auto", system="auto", today=""):
 
 if __name__ == "__main__":
     if len(sys.argv) != 4 or sys.argv[1] not in ("export", "export-adapter"):
-        sys.exit("usage: python -m common.hf export out/grpo FOLDER\n"
-                 "       python -m common.hf export-adapter out/grpo FOLDER    LoRA, as PEFT has it")
+        sys.exit("usage: python -m common.hf export out/grpo FOLDER, or export-adapter")
     from common.export import export
     try:
         export(*sys.argv[1:])

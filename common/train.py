@@ -287,14 +287,18 @@ def configure_blocks(model, gradient_checkpointing, compile):
         block.compile(dynamic=True)
 
 
+def peak_memory(plan):
+    """Bytes at most, of a plan of estimate_memory: generation and update never overlap."""
+    return sum(plan.values()) - min(plan["cache"] + plan["sampling"], plan["activations"])
+
+
 def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0, responses=0,
                     longest=0):
     """Print what a run will hold, and return it: {part: bytes}.
 
     frozen may contain None. A rollout has `responses` sequences of up to `longest` tokens.
     Activations are those of one micro-batch of the largest model: per token, the input of every
-    norm and product of a block, or only the block's input where it is recomputed. Generation (cache
-    and sampling) and update never overlap, so their peaks do not add up.
+    norm and product of a block, or only the block's input where it is recomputed.
     """
     counted = set()
 
@@ -346,12 +350,12 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         "activations": budget * (norms // 2 + kept),
         "logits": 2 * 4 * tile + unembedding * (4 * (not in_lora) + 2 * bf16),
     }
-    peak = sum(plan.values()) - min(plan["cache"] + plan["sampling"], plan["activations"])
+    peak = peak_memory(plan)
     unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
     line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"
     saved = (plan["gradients"] + plan["moments"]) / scale      # what is trained
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
         line += f" of {total / scale:.1f}"
         if peak > total:

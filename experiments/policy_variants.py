@@ -315,9 +315,9 @@ class Distillation:
         """Not used by the loss. Nonzero, because every response has a gradient."""
         return torch.ones_like(reward)
 
-    def freeze(self, model, bf16=True):
-        """In place of the copy that grpo.py makes of the policy."""
-        return freeze(self.teacher, bf16)
+    def make_reference(self, policy, moves=False):
+        """The teacher, in place of the copy that grpo.py makes of the policy."""
+        return freeze(self.teacher)
 
 
 def distillation_loss(logp, old_logp, ref_logp, adv, mask, clip_eps, kl_beta, n=None,

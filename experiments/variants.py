@@ -79,7 +79,7 @@ VARIANTS = {
                        "measure_reward": distillation.measure_reward,
                        "compute_reward": distillation.compute_reward,
                        "group_advantage": distillation.group_advantage,
-                       "freeze": distillation.freeze,
+                       "make_reference": distillation.make_reference,
                        "grpo_loss": distillation_loss}),
     "tis": (grpo, {"load_policy": stale_policy, "grpo_loss": tis_loss}),
     "mis": (grpo, {"load_policy": stale_policy, "grpo_loss": mis_loss}),

@@ -370,8 +370,8 @@ BUGS = [Bug(*entry) for entry in [
      "The critic is made of the reward model without a copy: what learns to expect the score "
      "also changes it.",
      "a slip",
-     "critic = copy.deepcopy(reward_model)",
-     "critic = reward_model",
+     "critic = copy.deepcopy(reward_model or policy)",
+     "critic = reward_model or policy",
      "test_ppo.py::test_what_the_update_gets_is_what_was_sampled_scored_and_valued"),
 
     ("truncated_responses_are_scored", "common/train.py",
@@ -493,15 +493,15 @@ BUGS = [Bug(*entry) for entry in [
     ("never_shuffled", "grpo.py",
      "Every epoch cuts a rollout into the same minibatches, each of a few prompts.",
      "a slip",
-     "torch.randperm(B).split(cfg.minibatch)",
-     "torch.arange(B).split(cfg.minibatch)",
+     "torch.randperm(B).split(cfg.minibatch // world_size())",
+     "torch.arange(B).split(cfg.minibatch // world_size())",
      "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
 
-    ("reference_moves", "grpo.py",
+    ("reference_moves", "common/models.py",
      "The reference is the policy itself, not a copy: the KL penalty is always 0.",
      "a slip",
-     "reference = freeze(copy.deepcopy(policy), bf16=not cfg.ref_every)",
-     "reference = policy",
+     "return freeze(copy.deepcopy(policy), bf16=not moves)",
+     "return policy",
      "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
 
     ("clip_swapped", "dapo.py",

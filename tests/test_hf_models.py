@@ -20,9 +20,11 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from common import InputError, load  # noqa: E402
-from common.checkpoint import save_checkpoint  # noqa: E402
+from common.checkpoint import hash_weights, save_checkpoint  # noqa: E402
+from common.export import export as export_as  # noqa: E402
 from common.export import write_folder  # noqa: E402
 from common.hf import hf_views  # noqa: E402
+from common.lora import add_adapters  # noqa: E402
 from common.tokenizer import (encode_chat, encode_prompt, encode_response,  # noqa: E402
                               make_tokenizer)
 from conftest import ROOT, metrics, script, tiny  # noqa: E402
@@ -398,6 +400,52 @@ def test_a_checkpoint_keeps_how_its_prompts_were_written(hub, tmp_path):
         assert encode_prompt(load(str(tmp_path), chat="plain")[1], row) == encode_prompt(plain, row)
         save_checkpoint(str(tmp_path), model, plain)
         assert ways(load(str(tmp_path))[1]) == ways(plain)
+
+
+def lora_run(folder, tmp_path):
+    """A checkpoint of adapters whose B is not 0 on a model folder, and what it computes."""
+    base, tokenizer = load(folder)
+    origin = {"base": str(folder), "base_hash": hash_weights(base)}
+    torch.manual_seed(0)
+    model = add_adapters(base, 3, 6.0, **origin)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = torch.randn_like(p) * .1
+    save_checkpoint(str(tmp_path), model, tokenizer)
+    tokens = torch.randint(0, 200, (2, 12))
+    with torch.no_grad():
+        return tokens, model(tokens) @ model.unembedding.T
+
+
+def test_merged_adapters_are_exported_as_a_model_that_transformers_loads(public, tmp_path):
+    _, folder, _ = public
+    (tmp_path / "run").mkdir()
+    tokens, logits = lora_run(folder, tmp_path / "run")
+    export_as("export", str(tmp_path / "run"), str(tmp_path / "out"))
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (read(tokens).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_peft_loads_the_adapters_beside_their_base(public, tmp_path):
+    """Query, key and value share A here and have one each there; GPT-2 stores (in, out)."""
+    peft = pytest.importorskip("peft")
+    _, folder, theirs = public
+    (tmp_path / "run").mkdir()
+    tokens, logits = lora_run(folder, tmp_path / "run")
+    export_as("export-adapter", str(tmp_path / "run"), str(tmp_path / "out"))
+    before = theirs(tokens).logits
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "out")
+    assert (model(tokens).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (before - logits).abs().max() > 0.1
+    with pytest.raises(InputError, match="exists already"):
+        export_as("export-adapter", str(tmp_path / "run"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="out: no checkpoint|LoRA adapter; merge it"):
+        export_as("export-adapter", str(tmp_path / "out"), str(tmp_path / "again"))
+
+
+def test_a_whole_model_has_no_adapters_to_export(small, tmp_path):
+    with pytest.raises(InputError, match="no adapters"):
+        export_as("export-adapter", str(small), str(tmp_path / "out"))
 
 
 def test_export_takes_nothing_over_and_leaves_nothing_half_done(hub, tmp_path):

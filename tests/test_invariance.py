@@ -11,7 +11,8 @@ import common.train
 import grpo
 import ppo
 from common.run import Run, prefixed
-from common.train import batches, freeze
+from common.models import make_reference
+from common.train import batches
 from conftest import metrics, quick
 from model import GPT
 
@@ -44,12 +45,13 @@ def few(adder, reward_model, tmp_path_factory):
     return folder
 
 
-def freeze_elsewhere(model, **options):
+def make_reference_elsewhere(policy, moves=False):
     """A reference that differs from the policy at the start: its KL is not 0, and the gradient of
     the KL is not mere rounding, which Adam would scale up to a whole step."""
-    for p in model.parameters():
+    reference = make_reference(policy, moves)
+    for p in reference.parameters():
         p.data *= 1.1
-    return freeze(model, **options)
+    return reference
 
 
 @pytest.fixture
@@ -62,8 +64,8 @@ def numbers(run, adder, few, reward_model, monkeypatch):
 
     monkeypatch.setattr(Run, "report", keep_tables)
     monkeypatch.setattr(Run, "plot", lambda *_: None)
-    monkeypatch.setattr(grpo, "freeze", freeze_elsewhere)
-    monkeypatch.setattr(ppo, "freeze", freeze_elsewhere)
+    monkeypatch.setattr(grpo, "make_reference", make_reference_elsewhere)
+    monkeypatch.setattr(ppo, "make_reference", make_reference_elsewhere)
 
     def numbers(case, *more):
         name = case.split()[0] + ".py"

@@ -125,7 +125,7 @@ def test_sampling_runs_the_adapters_in_place_and_so_follows_the_scored_policy(
     assert (base - scored).abs().max() > 0.5
 
 
-# -------------------------------------------------------------------------------- models on one base
+# ----------------------------------------------------------------------------- models on one base
 
 
 def distinct(*models):

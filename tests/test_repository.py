@@ -200,8 +200,8 @@ def changed_lines(old, new):
 def test_the_diffs_stay_short():
     """`diff grpo.py dapo.py` is the paper's changes, `diff ppo.py grpo.py` the critic."""
     lines = {name: source(f"{name}.py").splitlines() for name in ("ppo", "grpo", "dapo")}
-    assert changed_lines(lines["grpo"], lines["dapo"]) <= 184
-    assert changed_lines(lines["ppo"], lines["grpo"]) <= 264
+    assert changed_lines(lines["grpo"], lines["dapo"]) <= 190
+    assert changed_lines(lines["ppo"], lines["grpo"]) <= 268
 
 
 # ------------------------------------------------------------------------- safety and portability

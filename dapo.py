@@ -42,12 +42,13 @@ import torch
 from common.data import load_prompts, load_retained
 from common.distributed import first_of_all, sum_gradients, total, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
+from common.memory import estimate_memory
 from common.models import load_policy, load_reward_model, setup
 from common.optimizers import make_optimizer, set_lr
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, compute_logp, compute_reward, estimate_memory, measure_reward,
-                          micro_batches, select_groups)
+from common.train import (batches, compute_logp, compute_reward, measure_reward, micro_batches,
+                          select_groups)
 from common.verifier import RULES, answer_number, gold_number, math_score
 from model import autocast
 

@@ -43,11 +43,12 @@ import torch.nn.functional as F
 from common.data import load_retained, running_sums, spread, tokenize_prompts
 from common.distributed import gather, share, sum_gradients, total
 from common.evaluate import MetricMean, evaluate, half_interval
+from common.memory import estimate_memory
 from common.models import ensure_checkpoint, load_policy, setup
 from common.optimizers import make_optimizer, set_lr
 from common.preferences import load_pairs
 from common.run import Run, main, prefixed
-from common.train import batches, compute_logp, estimate_memory, micro_batches, pad_pairs
+from common.train import batches, compute_logp, micro_batches, pad_pairs
 from common.verifier import answer_number, gold_number
 from model import autocast
 

@@ -40,13 +40,14 @@ import torch
 from common.data import load_prompts, load_retained
 from common.distributed import sum_gradients, total, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, explained_variance, rollout_stats
+from common.memory import estimate_memory
 from common.models import (load_policy, load_reward_model, make_critic, make_reference,
                            setup)
 from common.optimizers import Optimizers, make_optimizer, set_lr
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, compute_logp, compute_reward, compute_values,
-                          estimate_memory, measure_reward, micro_batches)
+from common.train import (batches, compute_logp, compute_reward, compute_values, measure_reward,
+                          micro_batches)
 from common.verifier import RULES, answer_number, gold_number, math_score
 from model import autocast
 

@@ -46,14 +46,14 @@ from common import InputError
 from common.data import load_prompts, read_rows, split_rows
 from common.distributed import gather_list, share, sum_gradients
 from common.evaluate import MetricMean, compute_scores, evaluate_rankings
+from common.memory import estimate_memory
 from common.models import load_policy, setup
 from common.optimizers import make_optimizer, set_lr
 from common.preferences import (better_worse, load_centring_responses, read_preferences,
                                 tokenize_rankings)
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
-from common.train import (batches, estimate_memory, eval_batch_size, micro_batches,
-                          pad_rankings)
+from common.train import batches, eval_batch_size, micro_batches, pad_rankings
 from common.verifier import answer_number, checked_score, gold_number
 from model import ScalarModel, autocast
 

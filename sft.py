@@ -40,10 +40,11 @@ from common.data import (DEMONSTRATIONS, filter_rows, load_demonstrations, load_
                          running_sums)
 from common.distributed import sum_gradients, total
 from common.evaluate import MetricMean, evaluate, mean_nll
+from common.memory import estimate_memory
 from common.models import load_or_create_model, setup
 from common.optimizers import make_optimizer, set_lr
 from common.run import Run, main, prefixed
-from common.train import batches, estimate_memory, micro_batches, pad_batch
+from common.train import batches, micro_batches, pad_batch
 from common.verifier import answer_number, gold_number
 from model import autocast
 

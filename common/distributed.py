@@ -8,49 +8,57 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from common.tokenizer import InputError
 
-BUCKET = 2 ** 25                                       # gradients in one message
+BUCKET = 2 ** 25                                       # gradients in one message, at most
+
+
+# ----------------------------------------------------------------------------- this rank and others
+
+
+def number_from_torchrun(name, alone):
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
 
 
 def world_size():
     """The number of ranks."""
-    return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+    return number_from_torchrun("WORLD_SIZE", alone=1)
 
 
 def rank():
-    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+    return number_from_torchrun("RANK", alone=0)
 
 
 def local_rank():
-    """The number of this process on its machine, which is also that of its GPU."""
-    return int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
+    """The number of this rank on its machine, and of its GPU there."""
+    return number_from_torchrun("LOCAL_RANK", alone=0)
 
 
 def environment_of_one_process():
-    """Environment variables for a script that one rank starts and that is no rank itself."""
-    return {k: x for k, x in os.environ.items() if k != "TORCHELASTIC_RUN_ID"}
+    """Environment variables for a script that a rank starts and that is no rank itself."""
+    return {name: x for name, x in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
 
 
 def connect(device):
     """Find the other ranks: gloo sends what is on the CPU, nccl what is on GPUs."""
-    if world_size() == 1 or dist.is_initialized():
+    if world_size() == 1:
         return
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"torchrun: one process only on {device.type}")
+        raise InputError(f"torchrun: only one process can use {device.type}")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=shared_store(), rank=rank(), world_size=world_size())
 
 
 def disconnect():
-    if dist.is_initialized():
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
 @functools.cache
 def shared_store():
-    """The key-value store of torchrun itself, which outlives every rank."""
+    """torchrun's own key-value store, which outlives every rank."""
     store, _, _ = next(dist.rendezvous("env://"))
     return store
 
@@ -65,23 +73,27 @@ def is_lost_connection(error):
     return world_size() > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError))
 
 
+# ------------------------------------------------------------------------ sharing out and adding up
+
+
 def share(items):
-    """This rank's part of a list or a tensor: consecutive, and as long as the others' up to one."""
-    n = len(items)
-    return items[n * rank() // world_size():n * (rank() + 1) // world_size()]
+    """This rank's part of a list or a tensor: consecutive, of the others' length or one more."""
+    start = len(items) * rank() // world_size()
+    end = len(items) * (rank() + 1) // world_size()
+    return items[start:end]
 
 
 def gather(x):
     """[x of rank 0, x of rank 1, ...] on every rank. x is on the CPU."""
-    found = [x]
-    if world_size() > 1:
-        found = [None] * world_size()
-        dist.all_gather_object(found, x)
+    if world_size() == 1:
+        return [x]
+    found = [None] * world_size()
+    dist.all_gather_object(found, x)
     return found
 
 
 def gather_list(items):
-    """The parts that `share` made as one list again."""
+    """The list whose parts `share` made."""
     return [x for part in gather(items) for x in part]
 
 
@@ -94,26 +106,34 @@ def total(x):
 
 
 def first_of_all(keep, n):
-    """keep (b,) bool without those after the n-th that is True, the ranks one after another."""
+    """keep (b,) bool, without those after the n-th True of all ranks, one after another."""
     before = sum(gather(int(keep.sum()))[:rank()])
     return keep & (before + keep.cumsum(0) <= n)
 
 
+def buckets(tensors):
+    """Lists of tensors with at most BUCKET elements together, or of one larger tensor."""
+    bucket, size = [], 0
+    for x in tensors:
+        if bucket and size + x.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(x)
+        size += x.numel()
+    yield bucket
+
+
 def sum_gradients(*models):
-    """Add up the gradients of all ranks. Each rank's loss has the denominator of the whole batch,
-    so the sum is the gradient of one process."""
+    """Add up the gradients of all ranks. The losses have the denominator of the whole batch, so the
+    sum is the gradient of one process."""
     if world_size() == 1:
         return
-    bucket, size = [], 0
-    params = [p for model in models for p in model.parameters() if p.requires_grad]
-    for i, p in enumerate(params):
+    grads = []
+    for p in [p for model in models for p in model.parameters() if p.requires_grad]:
         if p.grad is None:                             # this rank had no row
             p.grad = torch.zeros_like(p)
-        bucket.append(p.grad)
-        size += p.numel()
-        if size >= BUCKET or i == len(params) - 1:
-            message = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(message)
-            for grad, x in zip(bucket, message.split([grad.numel() for grad in bucket])):
-                grad.copy_(x.view_as(grad))
-            bucket, size = [], 0
+        grads.append(p.grad)
+    for bucket in buckets(grads):
+        message = parameters_to_vector(bucket)
+        dist.all_reduce(message)
+        vector_to_parameters(message, bucket)          # the gradients are now parts of the message

@@ -23,6 +23,7 @@ from common.early_stopping import EarlyStopping
 from common.flags import parse_config, script_name
 from common.hf import is_hf_folder
 from common.lora import lora_of, trained_state
+from common.memory import memory_gb
 from common.tokenizer import InputError
 
 
@@ -312,18 +313,6 @@ def hash_rows(splits):
             fields = [(name, x) for name, x in sorted(row.items()) if not name.startswith("_")]
             digest.update(repr(fields).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def memory_gb():
-    """Most memory held so far: the GPU's, or the process's. 0 where neither is known (Windows)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20    # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def format_number(x):

@@ -1,6 +1,6 @@
 """
-What a training loop calls: batches and micro-batches, log-probs and rewards of a whole rollout,
-frozen models and memory. What a paper shows is in the scripts.
+What a training loop calls: batches and micro-batches, log-probs and rewards of a whole rollout, and
+models that are frozen or compiled. What a paper shows is in the scripts.
 """
 import torch
 import torch.nn as nn
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from common.data import spread
 from common.distributed import gather_list, share, world_size
-from common.lora import lora_of, trunk_of
+from common.lora import trunk_of
 from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
-from model import LinearLogp, autocast, uses_bf16
+from model import autocast, uses_bf16
 
 # evaluation samples so many tokens at a time, and responses that take so many bytes
 EVAL_BATCH_TOKENS = 2 ** 17
@@ -258,7 +258,7 @@ def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
     return {"reward_std": max(std, MIN_REWARD_STD), "truncated_reward": lowest}
 
 
-# ------------------------------------------------------------------------------- models and memory
+# ------------------------------------------------------------------------------------------ models
 
 
 def freeze(model, bf16=True, device=None):
@@ -285,81 +285,3 @@ def configure_blocks(model, gradient_checkpointing, compile):
         return
     for block in model.blocks:
         block.compile(dynamic=True)
-
-
-def peak_memory(plan):
-    """Bytes at most, of a plan of estimate_memory: generation and update never overlap."""
-    return sum(plan.values()) - min(plan["cache"] + plan["sampling"], plan["activations"])
-
-
-def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0, responses=0,
-                    longest=0):
-    """Print what a run will hold, and return it: {part: bytes}.
-
-    frozen may contain None. A rollout has `responses` sequences of up to `longest` tokens.
-    Activations are those of one micro-batch of the largest model: per token, the input of every
-    norm and product of a block, or only the block's input where it is recomputed.
-    """
-    counted = set()
-
-    def size(params):
-        """Bytes of the parameters that no model before has; models may share a base."""
-        new = {id(p): p for p in params if id(p) not in counted}
-        counted.update(new)
-        return sum(p.numel() * p.element_size() for p in new.values())
-
-    learning = [p for model in trained for p in model.parameters() if p.requires_grad]
-    in_lora = lora_of(trained[0]) is not None
-    bf16 = uses_bf16(trained[0])
-    e = 2 if bf16 else 4                               # bytes per activation
-    cfg = trained[0].cfg
-    budget = micro_batch_tokens or default_micro_batch_tokens(device)
-    C, D, H, K, M = cfg.n_embd, cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.intermediate_size
-    # an RMSNorm that learns also keeps its normalised input
-    scaled = 4 if cfg.norm == "rms" and not in_lora else 0
-    norms = 2 * C * (4 + scaled)
-    heads = (3 if cfg.positions == "rope" else 2) * (H + K) * D             # q, k, v and the result
-    hidden = (4 if cfg.mlp == "swiglu" else 2) * M
-    block = norms + e * (2 * C + heads + hidden) + (H + K) * D * cfg.qk_norm * (8 + scaled - 2 * e)
-    if in_lora:
-        block += 4 * e * lora_of(trained[0])["rank"]   # what A gives in four layers
-    if trunk_of(trained[0]).gradient_checkpointing:
-        kept = cfg.n_layer * 4 * C + block
-    else:
-        kept = cfg.n_layer * block
-
-    moments = 0
-    for part in optimizer.parts:
-        copies = 1 if isinstance(part, torch.optim.Muon) else 2
-        for group in part.param_groups:
-            moments += sum(p.numel() * 4 * copies for p in group["params"])
-    weights = size(p for model in trained for p in model.parameters())
-    cast = sum(p.numel() for p in trained[0].parameters() if p.requires_grad)
-    unembedding = cfg.vocab_size * C
-    per_token = cache_bytes(trained[0])
-    eval_tokens = min(EVAL_BATCH_TOKENS, eval_byte_limit(device) // per_token)
-    tile = min(LinearLogp.TILE[device.type], budget * cfg.vocab_size)
-    plan = {
-        "weights": weights,
-        "gradients": sum(p.numel() * p.element_size() for p in learning),
-        "moments": moments,
-        "frozen": size(p for model in frozen if model is not None for p in model.parameters()),
-        "bf16 copies": 2 * cast if bf16 else 0,
-        "cache": max(responses * longest, eval_tokens) * per_token,
-        "sampling": responses * sampling_bytes(trained[0]),
-        "activations": budget * (norms // 2 + kept),
-        "logits": 2 * 4 * tile + unembedding * (4 * (not in_lora) + 2 * bf16),
-    }
-    peak = peak_memory(plan)
-    unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
-    parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
-    line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"
-    saved = (plan["gradients"] + plan["moments"]) / scale      # what is trained
-    if device.type == "cuda" and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(device).total_memory
-        line += f" of {total / scale:.1f}"
-        if peak > total:
-            line += ": too much; try --gradient_checkpointing and "
-            line += f"--micro_batch_tokens {budget // 4}"
-    print(f"{line}; a checkpoint takes {saved:.1f}, weights and moments")
-    return plan

@@ -27,11 +27,11 @@ import model as M  # noqa: E402
 from bench import (LOGP_FORMS, forward_backward, logp_inputs, our_generate, quiet)  # noqa: E402
 from common.evaluate import repeated_uniform  # noqa: E402
 from common.export import new_files  # noqa: E402
+from common.memory import estimate_memory  # noqa: E402
 from common.models import setup  # noqa: E402
 from common.optimizers import make_optimizer  # noqa: E402
 from common.tokenizer import make_tokenizer  # noqa: E402
-from common.train import (cache_bytes, compute_logp, configure_blocks,  # noqa: E402
-                          estimate_memory, micro_batches)
+from common.train import cache_bytes, compute_logp, configure_blocks, micro_batches  # noqa: E402
 from grpo import Config, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig, autocast, linear_logp  # noqa: E402
 

@@ -33,6 +33,7 @@ TEACHER = "--teacher out/compare/grpo_{seed}"
 HALF = "--init out/compare/sft_half_{seed}"
 # as many responses and updates as the default, each update from the current policy
 FRESH = "--prompts 8 --steps 200 --warmup 12 --eval_every 40"
+LORA = "--lr 5e-4"                                              # the best of all three ranks
 # dapo.py without three of its changes
 BARE = "--clip_high 0.2 --max_generations 0 --overlong_cache 0"
 
@@ -70,6 +71,9 @@ RUNS = {
     "overlong": "dapo.py --max_generations 0",
     # about as many responses as dapo.py samples, and all of them are trained on
     "wide": "grpo.py --kl_beta 0 --prompts 128 --minibatch 256",
+    "lora_4": f"grpo.py --lora_rank 4 {LORA}",
+    "lora_16": f"grpo.py --lora_rank 16 {LORA}",
+    "lora_64": f"grpo.py --lora_rank 64 {LORA}",
     "group_2": "grpo.py --group_size 2 --prompts 128",
     "group_32": "grpo.py --group_size 32 --prompts 8",
     "one_update": "grpo.py --minibatch 256",
@@ -119,6 +123,7 @@ TABLES = {
     "stale": ["grpo", "tis_0", "mis_0", "stale_1", "tis_1", "mis_1", "stale_4", "tis_4", "mis_4",
               "stale_16", "tis_16", "mis_16"],
     "stale_16": ["grpo", "stale_16", "tis_16", "mis_16"],
+    "lora": ["grpo", "lora_4", "lora_16", "lora_64"],
     "process": ["outcome", "process"],
     "distill": ["outcome", "distill"],
     "distill_half": ["grpo_half", "distill_half"],

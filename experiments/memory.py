@@ -18,14 +18,16 @@ sys.path.insert(0, ROOT)
 import dapo  # noqa: E402
 import dpo  # noqa: E402
 import grpo  # noqa: E402
+import model as M  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import sft  # noqa: E402
 from common.lora import add_adapters  # noqa: E402
+from common.memory import estimate_memory, peak_memory  # noqa: E402
 from common.models import make_critic, make_reference  # noqa: E402
 from common.optimizers import Optimizers, make_optimizer  # noqa: E402
-from common.train import estimate_memory, freeze, peak_memory  # noqa: E402
-from model import BF16_MIN_WIDTH, GPT, GPTConfig, ScalarModel  # noqa: E402
+from common.train import freeze  # noqa: E402
+from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 
 LONGEST_PROMPT = 300
 CARDS = (8, 16, 24, 48, 80)                                     # GB
@@ -56,7 +58,7 @@ def plan(script, size, lora_rank=0, micro_batch_tokens=0):
     """{part: bytes} of a run of the script."""
     module = SCRIPTS[script]
     cfg = module.Config(**module.PRETRAINED, lora_rank=lora_rank)
-    BF16_MIN_WIDTH["meta"] = 1                                  # as on CUDA
+    M.BF16_MIN_WIDTH["meta"] = 1                                  # as on CUDA
     trained, frozen = [make_model(size, cfg)], []
     if script in ("grpo.py", "ppo.py"):
         frozen.append(make_reference(trained[0]))

@@ -799,6 +799,52 @@ BUGS = [Bug(*entry) for entry in [
      "math.comb(k, n - 1) / math.comb(N, n)",
      "((k + 1) / N) ** n - (k / N) ** n",
      "test_family.py::test_best_of_n_is_the_mean_over_all_subsets"),
+
+    ("denominator_of_one_process", "sft.py",
+     "Each process divides by its own tokens: those of short shares weigh more, and the gradient "
+     "depends on the number of processes.",
+     "huggingface/transformers #34242",
+     "n = int(total(mask))",
+     "n = int(mask.sum())",
+     "test_distributed.py::test_the_number_of_processes_changes_no_gradient[sft.py-float32]"),
+
+    ("gradients_averaged_over_processes", "common/distributed.py",
+     "Gradients are averaged, as DDP does, though each loss has the denominator of all processes: "
+     "Adam hides it, and the clip at --grad_clip acts later.",
+     "what pytorch/pytorch #37359 asks to change in DDP; NVIDIA-NeMo/Automodel #3830",
+     "dist.all_reduce(message)",
+     "dist.all_reduce(message.div_(world_size()))",
+     "test_distributed.py::test_the_number_of_processes_changes_no_gradient[grpo.py-float32]"),
+
+    ("whitened_by_process", "ppo.py",
+     "Each process whitens the advantages of its own share.",
+     "with context parallelism radixark/miles #3229, THUDM/slime #2235",
+     "adv = whiten(adv, mask, total)",
+     "adv = whiten(adv, mask)",
+     "test_distributed.py::test_the_number_of_processes_changes_no_gradient[ppo.py-float32]"),
+
+    ("same_random_numbers_on_every_process", "common/run.py",
+     "All processes sample by the same random numbers.",
+     "a slip",
+     "torch.manual_seed(cfg.seed + 1_000_003 * rank())",
+     "torch.manual_seed(cfg.seed)",
+     "test_distributed.py::test_a_rank_draws_random_numbers_of_its_own_and_writes_nothing"),
+
+    ("lora_alpha_undivided", "common/lora.py",
+     "Adapters are scaled by α instead of α / r.",
+     "Blaizzy/mlx-vlm #841, rasbt/LLMs-from-scratch #821",
+     "self.scale = alpha / rank",
+     "self.scale = alpha",
+     "test_lora.py::"
+     "test_new_adapters_sit_on_every_linear_layer_of_the_blocks_and_change_nothing"),
+
+    ("lora_merged_without_its_scale", "common/lora.py",
+     "The merged weight lacks the factor α / r that training had.",
+     "hao-ai-lab/FastVideo #870",
+     "weight = self.weight + self.scale * self.lora_B @ self.lora_A",
+     "weight = self.weight + self.lora_B @ self.lora_A",
+     "test_lora.py::"
+     "test_adapters_compute_what_the_merged_weights_compute_and_have_their_gradient"),
 ]]
 
 

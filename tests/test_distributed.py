@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import common.distributed
+import common.run
 from common.checkpoint import read_checkpoint
 from common.distributed import first_of_all, gather_list, share
 from common.flags import check_limits
@@ -142,6 +143,17 @@ def test_what_is_kept_of_all_ranks_is_the_first_n(monkeypatch):
         kept = torch.stack([first_of_all(keep[i], n) for i in ranks(monkeypatch, 3)]).flatten()
         chosen = keep.flatten().nonzero()[:n, 0]
         assert kept.nonzero()[:, 0].tolist() == chosen.tolist()
+
+
+def test_a_rank_draws_random_numbers_of_its_own_and_writes_nothing(adder, run, monkeypatch):
+    seeds = []
+    for i in (0, 1):
+        monkeypatch.setattr(sys, "stdout", sys.stdout)         # rank 1 prints nothing, either
+        monkeypatch.setattr(common.run, "rank", lambda: i)
+        assert run("sft.py", *quick("sft.py", adder), "--out", f"rank{i}") is None
+        seeds.append(torch.initial_seed())
+    assert seeds[0] != seeds[1]
+    assert "ckpt.pt" in os.listdir("rank0") and os.listdir("rank1") == []
 
 
 def test_sizes_that_processes_cannot_share_are_refused(monkeypatch):

@@ -3,6 +3,8 @@
     python -m pytest tests/test_memory.py
 """
 import copy
+import os
+import re
 import types
 
 import pytest
@@ -12,14 +14,15 @@ import common.train
 import dapo
 import dpo
 import grpo
+import memory
 import model as M
 import ppo
 from common.lora import add_adapters, share_base, train_adapters
+from common.memory import estimate_memory, peak_memory
 from common.models import make_reference
 from common.optimizers import Optimizers, make_optimizer
-from common.train import (default_micro_batch_tokens, estimate_memory, eval_batch_size, freeze,
-                          peak_memory)
-from conftest import FAMILIES, PROMPTS, bf16_devices, gradients, tiny
+from common.train import default_micro_batch_tokens, eval_batch_size, freeze
+from conftest import FAMILIES, PROMPTS, ROOT, bf16_devices, gradients, tiny
 from model import GPT, GPTConfig, ScalarModel
 
 CPU = torch.device("cpu")
@@ -95,6 +98,20 @@ def test_the_estimate_counts_what_is_allocated(family, bf16, monkeypatch, capsys
     inputs = kept_for_backward(model, tokens)          # and in backward one block at a time
     again = estimate_memory(CPU, optimizer, [model], micro_batch_tokens=512)["activations"]
     assert abs(again / (inputs + whole / 4) - 1) < 0.1 and again < 0.5 * whole
+
+
+def test_the_documented_plan_of_whole_models_and_adapters_is_the_one_that_runs_print(
+        monkeypatch):
+    """The table of docs/data_and_models.md, whole / LoRA, with the smallest card of each."""
+    monkeypatch.setattr(M, "BF16_MIN_WIDTH", dict(M.BF16_MIN_WIDTH))
+    with open(os.path.join(ROOT, "docs/data_and_models.md"), encoding="utf-8") as f:
+        rows = re.findall(r"^\| `(\w+\.py)` \| (.* / .*) \|$", f.read(), re.M)
+    plans = memory.peaks(16)
+    assert {name for name, _ in rows} == set(plans)
+    for name, cells in rows:
+        for cell, both in zip(cells.split(" | "), plans[name].values(), strict=True):
+            said = re.findall(r"([\d.]+) \((\d+|-)\)", cell)
+            assert said == [(f"{x:.1f}", str(memory.smallest_card(x) or "-")) for x in both]
 
 
 @pytest.mark.parametrize("bf16", (False, True))

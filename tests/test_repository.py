@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # of common/; imports point to the left
-FLOORS = ["tokenizer", "distributed", "lora", "hf", "checkpoint", "export", "verifier", "rows", "data", "preferences",
-          "optimizers", "train", "evaluate", "flags", "models", "early_stopping", "run",
-          "show"]
+FLOORS = ["tokenizer", "distributed", "lora", "hf", "checkpoint", "export", "verifier", "rows",
+          "data", "preferences", "optimizers", "train", "memory", "evaluate", "flags", "models",
+          "early_stopping", "run", "show"]
 COMMON = [f"common/{name}.py" for name in FLOORS]
 EXPERIMENTS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/experiments/*.py"))
 TESTS = sorted(os.path.relpath(path, ROOT) for path in glob.glob(f"{ROOT}/tests/*.py"))

@@ -252,7 +252,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
-        metrics |= {"lr": lr, "tokens": int(total(mask))}
+        metrics |= {"lr": lr, "tokens": int(total(mask_cpu))}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         if reference is not None:
             metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response

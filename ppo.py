@@ -302,7 +302,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
-        metrics |= {"lr": lr, "tokens": int(total(mask))}
+        metrics |= {"lr": lr, "tokens": int(total(mask_cpu))}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response
         if run.is_eval_step(step):

@@ -135,7 +135,7 @@ def load_base(path, lora, policy):
     folder = os.path.normpath(os.path.join(path, lora["base"]))
     if not os.path.exists(folder):
         raise InputError(f"{path}: its adapters belong to {folder}, which does not exist")
-    base, _ = load(folder, kind="GPT")
+    base, _ = load(folder, kind="GPT", chat="plain")   # its tokenizer is not used
     if hash_weights(base) != lora["base_hash"]:
         raise InputError(f"{path}: its adapters were trained on other weights than {folder} has")
     return base

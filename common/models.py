@@ -106,6 +106,8 @@ def first_day(cfg):
 
 def load_init(cfg, device):
     """The model in --init, with adapters if --lora_rank says so, and its tokenizer."""
+    if cfg.lora_rank and os.path.realpath(cfg.init) == os.path.realpath(cfg.out):
+        raise InputError(f"--out {cfg.out}: the adapters need what is in --init; name another folder")
     first = "cpu" if cfg.lora_rank else device         # a base is bf16 before it is on a GPU
     model, tokenizer = load(cfg.init, first, "GPT", cfg.chat, cfg.system, first_day(cfg))
     if cfg.lora_rank:

@@ -12,6 +12,7 @@ transformers and liger-kernel where they are installed.
 import argparse
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -27,11 +28,13 @@ import model as M  # noqa: E402
 from bench import (LOGP_FORMS, forward_backward, logp_inputs, our_generate, quiet)  # noqa: E402
 from common.evaluate import repeated_uniform  # noqa: E402
 from common.export import new_files  # noqa: E402
+from common.lora import add_adapters  # noqa: E402
 from common.memory import estimate_memory  # noqa: E402
 from common.models import setup  # noqa: E402
 from common.optimizers import make_optimizer  # noqa: E402
 from common.tokenizer import make_tokenizer  # noqa: E402
-from common.train import cache_bytes, compute_logp, configure_blocks, micro_batches  # noqa: E402
+from common.train import (cache_bytes, compute_logp, configure_blocks, freeze,  # noqa: E402
+                          micro_batches)
 from grpo import Config, grpo_loss  # noqa: E402
 from model import GPT, GPTConfig, autocast, linear_logp  # noqa: E402
 
@@ -307,13 +310,16 @@ def requests(sizes):
 
 
 def update(sizes):
-    """A GRPO update on 32 responses: share of the large product's rate, and peak beside estimate.
-    The second product with the vocabulary, in backward, is not counted."""
+    """A GRPO update on 32 responses, whole and by LoRA: share of the large product's rate, and peak
+    beside estimate. The second product with the vocabulary, in backward, is not counted; products
+    for the gradients of frozen weights are, though LoRA does not compute them."""
     result = {}
     _, product_rate = device_limits(sizes)
     T = sizes.prompt + sizes.new
-    for name in sizes.shapes:
+    for name, rank in itertools.product(sizes.shapes, (0, 16)):
         model = random_model(sizes, name)
+        if rank:
+            add_adapters(freeze(model), rank, 32.0)
         cfg, device = model.cfg, sizes.device
         optimizer = make_optimizer(model, 1e-5)
         tokens = torch.randint(0, cfg.vocab_size, (32, T), device=device)
@@ -341,11 +347,11 @@ def update(sizes):
         plan = estimate_memory(device, optimizer, [model])
         parts = ("gradients", "bf16 copies", "activations", "logits")
         figures = {"peak_GiB": peak, "estimate_GiB": sum(plan[x] for x in parts) / 2 ** 30}
-        for form in ("eager", "compiled") if on_gpu(sizes) else ("eager",):
+        for form in ("eager", "compiled") if on_gpu(sizes) and not rank else ("eager",):
             configure_blocks(model, False, form == "compiled")
             seconds = median_seconds(sizes, step)
             figures[form] = {"ms": 1000 * seconds, "of_product": 6 * work / seconds / product_rate}
-        result[name] = figures
+        result[f"{name}, LoRA" if rank else name] = figures
     return result
 
 

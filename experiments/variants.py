@@ -48,6 +48,7 @@ import grpo  # noqa: E402
 import ppo  # noqa: E402
 import sft  # noqa: E402
 from common import InputError  # noqa: E402
+from common.distributed import world_size  # noqa: E402
 from common.flags import AT_LEAST, AT_MOST  # noqa: E402
 from common.run import main  # noqa: E402
 from expert_iteration import ExpertIteration  # noqa: E402
@@ -176,6 +177,8 @@ def run(name, flags):
     Config = make_config(name)
 
     def train(cfg):
+        if world_size() > 1:
+            raise InputError("torchrun: a variant runs in one process")
         for flag in UNUSED.get(name, ()):
             if getattr(cfg, flag) != getattr(Config, flag):
                 raise InputError(f"--{flag}: {name} does not use it")

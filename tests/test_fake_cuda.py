@@ -10,8 +10,10 @@ import torch
 
 import model as M
 from common.evaluate import repeated_uniform
+from common.lora import add_adapters
+from common.models import make_reference
 from common.optimizers import make_optimizer
-from common.train import compute_logp, micro_batches
+from common.train import compute_logp, freeze, micro_batches
 from conftest import PROMPTS, SCRIPTS, bf16_devices, quick, tiny
 from grpo import grpo_loss
 from fake_cuda import FakeCuda
@@ -70,6 +72,25 @@ def test_a_rollout_and_its_update_are_those_of_the_cpu(gpu, family, monkeypatch)
         error = (sampled - scored).abs().sum() / mask.sum()
         assert 0 < error.item() < 0.05
         assert int(tokens.max()) < model.cfg.vocab_size
+
+
+def test_adapters_are_captured_in_the_graph(gpu, family, monkeypatch):
+    """LoRA on a base whose matrices are bf16: sampler and scorer agree to bf16's rounding."""
+    bf16_devices(monkeypatch, {"cuda"})
+    model = tiny(family, torch.float32)
+    uniform = repeated_uniform(4 * len(PROMPTS), 20, seed=0)
+    with gpu:
+        freeze(model, device=CUDA)
+        model = add_adapters(model, 3, 6.0).to(CUDA)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.05)
+        tokens, mask, sampled = model.generate(PROMPTS, 4, 20, 1.5, uniform=uniform)
+        scored = compute_logp(model, tokens, mask.cpu(), 1.5)
+        error = (sampled - scored).abs().sum() / mask.sum()
+        assert 0 < error.item() < 0.05
+        base = compute_logp(make_reference(model), tokens, mask.cpu(), 1.5)
+        assert ((base - scored).abs().sum() / mask.sum()).item() > 2 * error.item()
 
 
 def test_decoding_waits_once_in_eight_tokens(gpu):

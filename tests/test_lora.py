@@ -306,6 +306,7 @@ def test_a_run_does_not_resume_on_another_base(adder, run):
     (["grpo.py", "--lora_rank", 4, "--ref_every", 2], "--ref_every"),
     (["grpo.py", "--lora_rank", 4, "--lora_alpha", 0], "--lora_alpha"),
     (["grpo.py", "--lora_rank", -1], "--lora_rank"),
+    (["sft.py", "--lora_rank", 4, "--init", "out/a", "--out", "./out/../out/a"], "--out out/a"),
 ])
 def test_what_adapters_cannot_do_is_refused(args, said, run):
     assert said in run(*args)

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data import load_prompts, load_retained
-from common.distributed import first_of_all, sum_gradients, total, world_size
+from common.distributed import first_over_ranks, sum_gradients, sum_over_ranks, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.memory import estimate_memory
 from common.models import load_policy, load_reward_model, setup
@@ -183,7 +183,8 @@ def train(cfg):
     retained = load_retained(cfg, tokenizer, policy.cfg.block_size)
     reward_model = load_reward_model(cfg, policy, tokenizer)    # None for a rule
     optimizer = make_optimizer(policy, cfg.lr)
-    B, micro_tokens = cfg.prompts * cfg.group_size // world_size(), cfg.micro_batch_tokens
+    B = cfg.prompts * cfg.group_size // world_size()            # responses of this process
+    micro_tokens = cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reward_model]
     estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B, longest)
@@ -199,15 +200,15 @@ def train(cfg):
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
         run.state["prompts_used"] = 0
     batch_iter = batches(train_rows, world_size(), cfg.seed, start=run.state["prompts_used"])
-    on_policy = cfg.epochs == 1 and cfg.minibatch == B * world_size()  # old_logp is logp
+    on_policy = cfg.epochs == 1 and cfg.minibatch == cfg.prompts * cfg.group_size  # one update
 
     for step in run.remaining_steps():
         # 1. rollout: group_size responses to every prompt, new prompts for uninformative groups
         start, stats = time.perf_counter(), MetricMean()
         generations, keep = [], torch.zeros(0, dtype=torch.bool)
-        while total(keep) < cfg.prompts and len(generations) < max(1, cfg.max_generations):
-            missing = math.ceil((cfg.prompts - int(total(keep))) / world_size())  # on each process
-            batch = [next(batch_iter)[0] for _ in range(missing)]
+        while sum_over_ranks(keep) < cfg.prompts and len(generations) < max(1, cfg.max_generations):
+            missing = cfg.prompts - int(sum_over_ranks(keep))   # groups, of all processes
+            batch = [next(batch_iter)[0] for _ in range(math.ceil(missing / world_size()))]
             prompts = [row["ids"] for row in batch]
             tokens, mask, sampler_logp = policy.generate(       # (b G, T) each
                 prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature)
@@ -225,7 +226,7 @@ def train(cfg):
             stats.add(rollout, len(batch))
             keep = torch.cat([keep, differs | (cfg.max_generations == 0)])  # (groups so far,)
             generations.append((tokens, mask, mask_cpu, sampler_logp, reward))
-        keep = first_of_all(keep, cfg.prompts)                  # of all processes
+        keep = first_over_ranks(keep, cfg.prompts)              # without those beyond cfg.prompts
         tokens, mask, mask_cpu, sampler_logp, reward = select_groups(
             generations, keep, cfg.group_size)
         B = len(tokens)                                         # smaller if sampling has stopped
@@ -240,9 +241,10 @@ def train(cfg):
         # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, floor=0.1)
         for _ in range(cfg.epochs):
-            n_steps = max(1, math.ceil(int(total(keep)) * cfg.group_size / cfg.minibatch))
+            kept = int(sum_over_ranks(keep)) * cfg.group_size   # responses of all processes
+            n_steps = max(1, math.ceil(kept / cfg.minibatch))   # of equal size, up to one response
             for minibatch in torch.randperm(B).tensor_split(n_steps):
-                n = int(total(mask_cpu[minibatch]))             # response tokens in this step
+                n = int(sum_over_ranks(mask_cpu[minibatch]))    # response tokens in this step
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     with autocast(policy):                      # bf16 where the hardware has it

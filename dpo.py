@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 
 from common.data import load_retained, running_sums, spread, tokenize_prompts
-from common.distributed import gather, share, sum_gradients, total
+from common.distributed import gather, shard, sum_gradients, sum_over_ranks
 from common.evaluate import MetricMean, evaluate, half_interval
 from common.memory import estimate_memory
 from common.models import ensure_checkpoint, load_policy, setup
@@ -151,7 +151,7 @@ def held_out_prompts(pairs, split, cfg, tokenizer, block_size):
 
 def response_logp(model, rows, cfg):
     """log π(y|x) of both responses of every pair, (P, 2), without gradient, on the CPU."""
-    found, rows = [torch.zeros(0, 2)], share(rows)
+    found, rows = [torch.zeros(0, 2)], shard(rows)
     for i in range(0, len(rows), 256):
         tokens, mask = pad_pairs(rows[i:i + 256])
         tokens, mask = tokens.flatten(0, 1).to(model.device), mask.flatten(0, 1)
@@ -215,7 +215,7 @@ def train(cfg):
         start, stats = time.perf_counter(), MetricMean()
         batch = next(batch_iter)
         tokens, mask = pad_pairs(batch)                         # (P, 2, T)
-        n_chosen = int(total(mask[:, 0]))                       # tokens of the chosen responses
+        n_chosen = int(sum_over_ranks(mask[:, 0]))              # tokens of the chosen responses
         tokens, mask_dev = tokens.to(device), mask.to(device)
         ref_w, ref_l = torch.tensor([row["ref"] for row in batch], device=device).T  # (P,)
         optimizer.zero_grad()

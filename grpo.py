@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from common.data import load_prompts, load_retained
-from common.distributed import sum_gradients, total, world_size
+from common.distributed import sum_gradients, sum_over_ranks, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, rollout_stats
 from common.memory import estimate_memory
 from common.models import load_policy, load_reward_model, make_reference, setup
@@ -175,7 +175,8 @@ def train(cfg):
     if cfg.kl_beta:
         reference = make_reference(policy, moves=cfg.ref_every > 0)
     optimizer = make_optimizer(policy, cfg.lr)
-    B, micro_tokens = cfg.prompts * cfg.group_size // world_size(), cfg.micro_batch_tokens
+    B = cfg.prompts * cfg.group_size // world_size()            # responses of this process
+    micro_tokens = cfg.micro_batch_tokens
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
     estimate_memory(device, optimizer, [policy], frozen, micro_tokens, B, longest)
@@ -190,7 +191,7 @@ def train(cfg):
         run.state["before"] = evaluate_policy(test_rows, samples=8)
         run.log(0, prefixed("val_", evaluate_policy(val_rows)[0]))
     batch_iter = batches(train_rows, cfg.prompts, cfg.seed, start=run.step)
-    on_policy = cfg.epochs == 1 and cfg.minibatch == B * world_size()  # old_logp is logp
+    on_policy = cfg.epochs == 1 and cfg.minibatch == cfg.prompts * cfg.group_size  # one update
 
     for step in run.remaining_steps():
         # 1. rollout: group_size responses to every prompt
@@ -252,7 +253,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
-        metrics |= {"lr": lr, "tokens": int(total(mask_cpu))}
+        metrics |= {"lr": lr, "tokens": int(sum_over_ranks(mask_cpu))}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         if reference is not None:
             metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response

@@ -379,7 +379,7 @@ if hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("
 
 
 def uses_bf16(model, device=None):
-    """Whether the forward of a GPT or ScalarModel is in bf16, where it is or on another device."""
+    """Whether the forward of a GPT or ScalarModel is in bf16, on its own device or on `device`."""
     device = device or model.device
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False                           # a T4 or RTX 20: bf16 is emulated, float32 is faster

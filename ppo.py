@@ -38,11 +38,10 @@ from dataclasses import dataclass
 import torch
 
 from common.data import load_prompts, load_retained
-from common.distributed import sum_gradients, total, world_size
+from common.distributed import sum_gradients, sum_over_ranks, world_size
 from common.evaluate import MetricMean, distinct_ngrams, evaluate, explained_variance, rollout_stats
 from common.memory import estimate_memory
-from common.models import (load_policy, load_reward_model, make_critic, make_reference,
-                           setup)
+from common.models import load_policy, load_reward_model, make_critic, make_reference, setup
 from common.optimizers import Optimizers, make_optimizer, set_lr
 from common.run import Run, main, prefixed
 from common.tokenizer import decode_responses
@@ -134,8 +133,8 @@ def gae(reward, value, mask, gamma, lam):
 
 
 def whiten(x, mask, total=torch.sum):
-    """Mean 0 and variance 1 over the mask, 0 elsewhere. x, mask (B, T). total(x): the sum of all
-    elements, where the rollout is shared out that of all processes."""
+    """Mean 0 and variance 1 over the mask, 0 elsewhere. x, mask (B, T). total(x): the sum of x's
+    elements; with several processes, over all of them."""
     x = torch.where(mask > 0, x, 0.0)
     n = total(mask).clamp(min=1)
     centred = (x - total(x) / n) * mask
@@ -219,7 +218,7 @@ def train(cfg):
     policy_optimizer = make_optimizer(policy, cfg.lr, eps=1e-5)
     critic_optimizer = make_optimizer(critic, cfg.critic_lr, eps=1e-5)
     optimizer = Optimizers(*policy_optimizer.parts, *critic_optimizer.parts)
-    B, micro_tokens = cfg.prompts // world_size(), cfg.micro_batch_tokens
+    B, micro_tokens = cfg.prompts // world_size(), cfg.micro_batch_tokens  # of this process
     longest = max(len(row["ids"]) for row in train_rows) + cfg.max_new_tokens
     frozen = [reference, reward_model]
     estimate_memory(device, optimizer, [policy, critic], frozen, micro_tokens, B, longest)
@@ -263,14 +262,14 @@ def train(cfg):
 
         # 3. advantage: the critic is the baseline
         adv, ret = gae(per_token, old_value, mask, cfg.gamma, cfg.gae_lambda)  # (B, T) each
-        adv = whiten(adv, mask, total)
+        adv = whiten(adv, mask, sum_over_ranks)
         rollout_end = time.perf_counter()
 
         # 4. update: clipped epochs over the same rollout
         lr = set_lr(optimizer, step, cfg.steps, cfg.warmup, linear=True)
         for _ in range(cfg.epochs):
             for minibatch in torch.randperm(B).split(cfg.minibatch // world_size()):
-                n = int(total(mask_cpu[minibatch]))             # response tokens in this step
+                n = int(sum_over_ranks(mask_cpu[minibatch]))    # response tokens in this step
                 optimizer.zero_grad()
                 for rows, width, index in micro_batches(mask_cpu, minibatch, micro_tokens, device):
                     chosen, old = mask[rows, :width], old_logp[rows, :width]
@@ -294,7 +293,8 @@ def train(cfg):
                 critic_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), cfg.grad_clip)
                 optimizer.step()
                 stats.add({"grad_norm": grad_norm, "critic_grad_norm": critic_norm})
-        stats.add({"kl": total(old_logp - ref_logp) / total(mask)})
+        kl = sum_over_ranks(old_logp - ref_logp) / sum_over_ranks(mask)
+        stats.add({"kl": kl})
         # of the Monte-Carlo return: `ret` is made of the critic's own values where λ < 1
         _, monte_carlo = gae(per_token, old_value, mask, cfg.gamma, 1.0)
         stats.add({"explained_var": explained_variance(old_value, monte_carlo, mask)})
@@ -302,7 +302,7 @@ def train(cfg):
         # 5. log, evaluate, save
         metrics = stats.read()                                  # the only wait for the GPU since 3
         update_end = time.perf_counter()
-        metrics |= {"lr": lr, "tokens": int(total(mask_cpu))}
+        metrics |= {"lr": lr, "tokens": int(sum_over_ranks(mask_cpu))}
         metrics["distinct_2"] = distinct_ngrams(tokens, mask)
         metrics["kl_seq"] = metrics["kl"] * metrics["length"]   # nats per response
         if run.is_eval_step(step):

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 
 from common import InputError
 from common.data import load_prompts, read_rows, split_rows
-from common.distributed import gather_list, share, sum_gradients
+from common.distributed import gather_shards, shard, sum_gradients
 from common.evaluate import MetricMean, compute_scores, evaluate_rankings
 from common.memory import estimate_memory
 from common.models import load_policy, setup
@@ -160,7 +160,7 @@ def collect(policy, tokenizer, rows, cfg, rng):
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = min(256, eval_batch_size(policy, longest, cfg.responses))  # prompts at a time
     uniform = torch.rand(len(rows), cfg.responses, cfg.max_new_tokens, dtype=torch.float64)
-    uniform, own_rows = share(uniform).flatten(0, 1), share(rows)
+    uniform, own_rows = shard(uniform).flatten(0, 1), shard(rows)
     lengths = []                            # of each prompt: text -> length; equal responses once
     for i in range(0, len(own_rows), size):
         chunk = own_rows[i:i + size]
@@ -178,7 +178,7 @@ def collect(policy, tokenizer, rows, cfg, rng):
             lengths.append(distinct)
 
     pairs = []
-    for row, distinct in zip(rows, gather_list(lengths)):
+    for row, distinct in zip(rows, gather_shards(lengths)):
         if not distinct:
             continue
         ranks = rank_responses(row, list(distinct), distinct.values(), cfg, rng)

@@ -38,7 +38,7 @@ import torch
 
 from common.data import (DEMONSTRATIONS, filter_rows, load_demonstrations, load_retained,
                          running_sums)
-from common.distributed import sum_gradients, total
+from common.distributed import sum_gradients, sum_over_ranks
 from common.evaluate import MetricMean, evaluate, mean_nll
 from common.memory import estimate_memory
 from common.models import load_or_create_model, setup
@@ -200,7 +200,7 @@ def train(cfg):
         start, stats = time.perf_counter(), MetricMean()
         batch = next(batch_iter)
         tokens, mask = pad_batch([row["tokens"] for row in batch], [row["mask"] for row in batch])
-        n = int(total(mask))                                    # response tokens in the batch
+        n = int(sum_over_ranks(mask))                           # response tokens in the batch
         tokens_dev, mask_dev = tokens.to(device), mask.to(device)
         optimizer.zero_grad()
         every_row = torch.arange(len(batch))

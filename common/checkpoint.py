@@ -77,14 +77,20 @@ def read_checkpoint(folder):
                          f"({type(e).__name__})") from e
 
 
-def hash_weights(model):
-    """SHA-256 of some thousand values of every tensor. They are rounded to bf16, as models that are
-    only read may hold them."""
+def hash_tensors(tensors):
+    """SHA-256 of at most 4,096 evenly spaced values of every tensor. They are rounded to bf16,
+    because frozen models are stored in bf16."""
     digest = hashlib.sha256()
-    for x in model.state_dict().values():
-        x = x.flatten()[::1 + x.numel() // 4096].bfloat16().cpu()
+    for x in tensors:
+        x = x.flatten()[::1 + x.numel() // 4096].bfloat16().cpu().contiguous()
         digest.update(x.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def hash_weights(model):
+    """What identifies the weights of a model as it was loaded. For merged adapters it is made of
+    the base's and the adapters': their product rounds differently on another machine."""
+    return getattr(model, "merged_hash", None) or hash_tensors(model.state_dict().values())
 
 
 def load(path, device="cpu", kind=None, chat="auto", system="auto", today="", policy=None):
@@ -117,6 +123,7 @@ def load(path, device="cpu", kind=None, chat="auto", system="auto", today="", po
     load_weights(model, data["model"], path)
     if base is not None and not has_base(policy, data["lora"]):
         remove_adapters(model, merge=True)
+        model.merged_hash = data["lora"]["base_hash"] + hash_tensors(data["model"].values())
     tokenizer = saved_tokenizer(path, data["tokenizer"], chat, system)
     stop_at_turn_end(cfg, tokenizer)
     return model.to(device), tokenizer
@@ -132,13 +139,19 @@ def load_base(path, lora, policy):
     """The model that the adapters of a checkpoint belong to."""
     if has_base(policy, lora):
         return remove_adapters(share_base(policy))
-    folder = os.path.normpath(os.path.join(path, lora["base"]))
+    folder = base_folder(path, lora)
     if not os.path.exists(folder):
         raise InputError(f"{path}: its adapters belong to {folder}, which does not exist")
     base, _ = load(folder, kind="GPT", chat="plain")   # its tokenizer is not used
     if hash_weights(base) != lora["base_hash"]:
-        raise InputError(f"{path}: its adapters were trained on other weights than {folder} has")
+        raise InputError(f"{path}: its adapters were trained on other weights than {folder} has; "
+                         f"those of an earlier run may be in {folder}.1")
     return base
+
+
+def base_folder(path, lora):
+    """Where the base of the adapters in a checkpoint folder is."""
+    return os.path.normpath(os.path.join(path, lora["base"]))
 
 
 def saved_tokenizer(path, saved, chat, system):

@@ -1,7 +1,7 @@
 """
 Data-parallel training: torchrun starts several processes, the ranks. Each holds the whole model and
-works on its share of the prompts. Without torchrun there is one rank, and all of this is the
-identity.
+works on its shard of the prompts. Without torchrun there is one rank, and these functions return
+what they are given.
 """
 import functools
 import os
@@ -73,11 +73,11 @@ def is_lost_connection(error):
     return world_size() > 1 and ("gloo" in str(error) or isinstance(error, dist.DistError))
 
 
-# ------------------------------------------------------------------------ sharing out and adding up
+# ------------------------------------------------------------------------- sharing out, adding up
 
 
-def share(items):
-    """This rank's part of a list or a tensor: consecutive, of the others' length or one more."""
+def shard(items):
+    """This rank's consecutive slice of a list or a tensor. Slices differ in length by at most 1."""
     start = len(items) * rank() // world_size()
     end = len(items) * (rank() + 1) // world_size()
     return items[start:end]
@@ -87,52 +87,69 @@ def gather(x):
     """[x of rank 0, x of rank 1, ...] on every rank. x is on the CPU."""
     if world_size() == 1:
         return [x]
-    found = [None] * world_size()
-    dist.all_gather_object(found, x)
-    return found
+    of_ranks = [None] * world_size()
+    dist.all_gather_object(of_ranks, x)
+    return of_ranks
 
 
-def gather_list(items):
-    """The list whose parts `share` made."""
-    return [x for part in gather(items) for x in part]
+def gather_shards(items):
+    """The list that `shard` cut, from the slices of all ranks."""
+    whole = []
+    for slice_of_rank in gather(items):
+        whole += slice_of_rank
+    return whole
 
 
-def total(x):
-    """The sum of a tensor's elements over all ranks, on its device."""
+def wait_for_all_ranks():
+    gather(None)
+
+
+def sum_over_ranks(x):
+    """The sum of the elements of a tensor on all ranks; a tensor on x's device."""
     x = x.sum()
     if world_size() > 1:
         dist.all_reduce(x)
     return x
 
 
-def first_of_all(keep, n):
-    """keep (b,) bool, without those after the n-th True of all ranks, one after another."""
+def first_over_ranks(keep, n):
+    """keep (b,) bool with only the first n True values, counted through rank 0, then rank 1, ..."""
     before = sum(gather(int(keep.sum()))[:rank()])
     return keep & (before + keep.cumsum(0) <= n)
 
 
 def buckets(tensors):
     """Lists of tensors with at most BUCKET elements together, or of one larger tensor."""
-    bucket, size = [], 0
+    bucket = []
+    size = 0
     for x in tensors:
         if bucket and size + x.numel() > BUCKET:
             yield bucket
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append(x)
         size += x.numel()
-    yield bucket
+    if bucket:
+        yield bucket
 
 
 def sum_gradients(*models):
     """Add up the gradients of all ranks. The losses have the denominator of the whole batch, so the
-    sum is the gradient of one process."""
+    sum is the gradient of one process. A parameter without a gradient on any rank stays without
+    one, and optimisers skip it."""
     if world_size() == 1:
         return
+    params = []
+    for model in models:
+        params += model.parameters()
+    n_ranks = torch.tensor([p.grad is not None for p in params]).int()      # with a gradient
+    dist.all_reduce(n_ranks)
     grads = []
-    for p in [p for model in models for p in model.parameters() if p.requires_grad]:
-        if p.grad is None:                             # this rank had no row
+    for p, n in zip(params, n_ranks.tolist()):
+        if n > 0 and p.grad is None:                   # this rank had no row
             p.grad = torch.zeros_like(p)
-        grads.append(p.grad)
+        if n > 0:
+            grads.append(p.grad)
     for bucket in buckets(grads):
         message = parameters_to_vector(bucket)
         dist.all_reduce(message)

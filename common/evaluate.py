@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from common.distributed import gather, gather_list, share, total
+from common.distributed import gather, gather_shards, shard, sum_over_ranks
 from common.preferences import better_worse
 from common.tokenizer import decode_responses
 from common.train import (compute_logp, compute_reward, compute_values, eval_batch_size,
@@ -69,7 +69,7 @@ def explained_variance(value, ret, mask):
     """1 - Var(G - V) / Var(G) over the mask: 1 for a perfect critic, 0 for a constant one, negative
     for a harmful one. 0 where G does not vary: there is nothing to explain."""
     def mean(x):
-        return total(torch.where(mask > 0, x, 0.0)) / total(mask).clamp(min=1)
+        return sum_over_ranks(torch.where(mask > 0, x, 0.0)) / sum_over_ranks(mask).clamp(min=1)
 
     def variance(x):
         return mean((x - mean(x)).square())
@@ -125,7 +125,7 @@ def mean_nll(model, rows, micro_batch_tokens=0):
     """Mean negative log-likelihood of the tokens in the masks, nats per token; 0 if there are
     none."""
     nll = count = 0
-    rows = share(rows)
+    rows = shard(rows)
     for i in range(0, len(rows), 256):
         chunk = rows[i:i + 256]
         tokens, mask = pad_batch([row["tokens"] for row in chunk], [row["mask"] for row in chunk])
@@ -161,8 +161,8 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
     def has_full_score(row, text):
         return has_answers and text is not None and is_right(checked_score(score, row, text))
 
-    uniform = share(uniform.view(len(rows), samples, -1)).flatten(0, 1)
-    rows = share(rows)
+    uniform = shard(uniform.view(len(rows), samples, -1)).flatten(0, 1)
+    rows = shard(rows)
     greedy, right, ended, length, scores, kl = [], [], [], [], [], []
     greedy_texts = []
     for i in range(0, len(rows), size):
@@ -194,9 +194,9 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
             ref_logp = compute_logp(reference, tokens, mask_cpu, 1.0, cfg.micro_batch_tokens)
             kl += (logp - ref_logp).sum(1).tolist()
 
-    greedy, right, ended = gather_list(greedy), gather_list(right), gather_list(ended)
-    length, scores, kl = gather_list(length), gather_list(scores), gather_list(kl)
-    greedy_texts = gather_list(greedy_texts)
+    greedy, right, ended = gather_shards(greedy), gather_shards(right), gather_shards(ended)
+    length, scores, kl = gather_shards(length), gather_shards(scores), gather_shards(kl)
+    greedy_texts = gather_shards(greedy_texts)
     metrics = {}
     if has_answers:
         right = torch.tensor(right, dtype=torch.float32).view(-1, samples)
@@ -215,7 +215,7 @@ def evaluate(policy, tokenizer, rows, score, cfg, samples=1, reward_model=None, 
 
 def compute_scores(model, encoded, cfg):
     """(tokens, mask) of N responses -> scores (N,) on the CPU, without gradient."""
-    scores, encoded = torch.zeros(0), share(encoded)
+    scores, encoded = torch.zeros(0), shard(encoded)
     if encoded:
         tokens, mask = pad_batch(*zip(*encoded))
         tokens = tokens.to(model.trunk.device)

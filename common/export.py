@@ -7,9 +7,9 @@ import os
 import shutil
 from dataclasses import asdict
 
-from common.checkpoint import load, read_checkpoint
-from common.hf import (FAMILIES, GPT2_SIZE_FIELDS, ROPE_FIELDS, SIZE_FIELDS, hf_views, parse_json,
-                       read_config)
+from common.checkpoint import base_folder, load, read_checkpoint
+from common.hf import (FAMILIES, GPT2_SIZE_FIELDS, ROPE_FIELDS, SIZE_FIELDS, hf_views,
+                       is_hf_folder, parse_json, read_config)
 from common.tokenizer import InputError
 from model import GPTConfig
 
@@ -157,6 +157,8 @@ def write_adapter(folder, path):
     """The adapters in a checkpoint as PEFT has them. Matrices that are one here and several there
     (query, key and value; gate and up) share A; their B is a part of ours. Returns the base."""
     data = read_checkpoint(path)
+    if data["kind"] != "GPT":
+        raise InputError(f"{path}: a reward model; PEFT's format is written for policies only")
     if "lora" not in data:
         raise InputError(f"{path}: it has no adapters; `export` writes the whole model")
     cfg, lora = GPTConfig(**data["config"]), data["lora"]
@@ -172,7 +174,7 @@ def write_adapter(folder, path):
             tensors[f"base_model.model.{module}.lora_A.weight"] = A.clone()
             tensors[f"base_model.model.{module}.lora_B.weight"] = part
             modules.add(module.rpartition(".")[2])
-    base = os.path.normpath(os.path.join(path, lora["base"]))
+    base = base_folder(path, lora)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
               "r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": sorted(modules),
               "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": family == "gpt2"}
@@ -185,7 +187,9 @@ def export(command, path, folder):
     """What `python -m common.hf` does: write a folder and say what is in it."""
     if command == "export-adapter":
         base = write_adapter(folder, path)
-        print(f"{folder}: an adapter for {base}, which PEFT loads beside it")
+        print(f"{folder}: an adapter for {base}")
+        if not is_hf_folder(base):
+            print(f"PEFT cannot read that; `export {base} FOLDER` writes it as it can")
         return
     model, tokenizer = load(path, kind="GPT")
     write_folder(folder, model, tokenizer)

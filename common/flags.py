@@ -135,7 +135,7 @@ def check_limits(cfg):
             raise InputError(f"--{f.name} {x}: must be at least {low}")
         if x > high:
             raise InputError(f"--{f.name} {x}: must be at most {high}")
-    if getattr(cfg, "batch", ranks) < ranks:
+    if hasattr(cfg, "batch") and cfg.batch < ranks:
         raise InputError(f"--batch {cfg.batch}: too few for {ranks} processes")
     if cfg.test and not cfg.data:
         raise InputError(f"--test {cfg.test}: needs --data; the built-in task has its own rows")

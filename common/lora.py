@@ -4,9 +4,10 @@ every linear layer of the blocks two small matrices learn.
 
     h = W x + α/r B A x        W (out, in) is frozen, A (r, in), B (out, r)                 (Eq. 3)
 
-A starts Gaussian, here with standard deviation 1/sqrt(in), which the paper leaves open, and B at 0:
-the first step has the base's gradient and the base's function. Copies that differ in their adapters
-share the base: policy, reference, critic and reward model take the memory of one model.
+A is Gaussian with standard deviation 1/sqrt(in), which the paper leaves open, and B is 0. So the
+model starts as the base, and in the first step only B has a gradient. Query, key and value share
+one A here, and so do gate and up. Models that differ in their adapters share the base: policy,
+reference, critic and reward model take the memory of one.
 """
 import copy
 
@@ -32,7 +33,7 @@ class LoRALinear(nn.Linear):
         low_rank = F.linear(F.linear(x, self.lora_A), self.lora_B)
         return F.linear(x, self.weight, self.bias) + self.scale * low_rank
 
-    def base(self, merge=False):
+    def to_linear(self, merge=False):
         """The layer without its adapter, or with the product of A and B in its weight."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
@@ -49,10 +50,10 @@ def trunk_of(model):
 def replace_layers(model, kind, make):
     """Every linear layer of the blocks that is a `kind` becomes make(layer)."""
     for block in trunk_of(model).blocks:
-        for part in (block.attention, block.mlp):
-            for name, layer in list(part.named_children()):
+        for module in (block.attention, block.mlp):
+            for name, layer in list(module.named_children()):
                 if isinstance(layer, kind):
-                    setattr(part, name, make(layer))
+                    setattr(module, name, make(layer))
     return model
 
 
@@ -62,8 +63,8 @@ def lora_of(model):
 
 
 def add_adapters(model, rank, alpha, **base):
-    """Freeze the trunk of a GPT or ScalarModel and add adapters, which learn; a scalar head learns
-    too. base: what `lora_of` says besides."""
+    """Freeze the trunk of a GPT or ScalarModel and add adapters; they are trained, and a scalar
+    head. base: path and hash of the base, for the checkpoint (`base`, `base_hash`)."""
     replace_layers(model, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha))
     trunk_of(model).lora = {"rank": rank, "alpha": alpha} | base
     return train_adapters(model)
@@ -98,6 +99,6 @@ def trained_state(model):
 
 def remove_adapters(model, merge=False):
     """The base of a model, frozen; or, merged, the model as one without adapters, which learns."""
-    replace_layers(model, LoRALinear, lambda layer: layer.base(merge))
+    replace_layers(model, LoRALinear, lambda layer: layer.to_linear(merge))
     trunk_of(model).lora = None
     return model.requires_grad_(merge)

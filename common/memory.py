@@ -71,7 +71,10 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
             moments += sum(p.numel() * 4 * copies for p in group["params"])
     weights = size(p for model in trained for p in model.parameters())
     cast = sum(p.numel() for p in trained[0].parameters() if p.requires_grad)
-    unembedding = cfg.vocab_size * C
+    unembedding = trunk_of(trained[0]).unembedding
+    logits = 4 * unembedding.numel() if unembedding.requires_grad else 0    # its gradient
+    if bf16 and unembedding.dtype == torch.float32:
+        logits += 2 * unembedding.numel()                                   # and a copy
     per_token = cache_bytes(trained[0])
     eval_tokens = min(EVAL_BATCH_TOKENS, eval_byte_limit(device) // per_token)
     tile = min(LinearLogp.TILE[device.type], budget * cfg.vocab_size)
@@ -84,13 +87,13 @@ def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0,
         "cache": max(responses * longest, eval_tokens) * per_token,
         "sampling": responses * sampling_bytes(trained[0]),
         "activations": budget * (norms // 2 + kept),
-        "logits": 2 * 4 * tile + unembedding * (4 * (not in_lora) + 2 * bf16),
+        "logits": 2 * 4 * tile + logits,
     }
     peak = peak_memory(plan)
     unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
     line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"
-    saved = (plan["gradients"] + plan["moments"]) / scale      # what is trained
+    saved = (plan["gradients"] + plan["moments"]) / scale      # weights are as large as gradients
     if device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
         line += f" of {total / scale:.1f}"

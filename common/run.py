@@ -18,7 +18,7 @@ import torch
 from common.checkpoint import (hash_weights, load_weights, read_checkpoint,
                                save_checkpoint)
 from common.distributed import (disconnect, gather, is_first_to_fail, is_lost_connection, rank,
-                                total, world_size)
+                                sum_over_ranks, wait_for_all_ranks, world_size)
 from common.early_stopping import EarlyStopping
 from common.flags import parse_config, script_name
 from common.hf import is_hf_folder
@@ -44,9 +44,9 @@ class Run:
         n_train, n_val, n_test = (len(rows) for rows in splits)
         device = next(model.parameters()).device
         devices = device.type if world_size() == 1 else f"{world_size()} x {device.type}"
-        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frozen = f", {learning:,} of them learn," if learning < n_params else ""
-        print(f"{name}: {n_params:,} parameters{frozen} on {devices}, {n_train:,} training, "
+        n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = f", {n_trained:,} of them trained," if n_trained < n_params else ""
+        print(f"{name}: {n_params:,} parameters{trained} on {devices}, {n_train:,} training, "
               f"{n_val:,} validation and {n_test:,} test rows")
         if hasattr(cfg, "minibatch"):
             n = cfg.prompts * getattr(cfg, "group_size", 1)
@@ -64,10 +64,10 @@ class Run:
         self.state = {"data_hash": hash_rows(splits)}
         if reference is not None and getattr(cfg, "ref_every", 0):
             self.modules["reference"] = reference
-        elif lora_of(model) is not None:
-            self.state["init_hash"] = lora_of(model)["base_hash"]
         elif reference is not None:
-            self.state["init_hash"] = hash_weights(reference)
+            self.state["reference_hash"] = hash_weights(reference)
+        if lora_of(model) is not None:
+            self.state["base_hash"] = lora_of(model)["base_hash"]
         self.start = time.perf_counter()
         self.rows = []                                 # of metrics.jsonl
         self.clock = None                              # step and time of the first printed line
@@ -78,7 +78,7 @@ class Run:
             torch.manual_seed(cfg.seed + 1_000_003 * rank())
         if cfg.resume:
             self.restore(read_checkpoint(self.out))
-        gather(None)                                   # now all ranks have read what lies in --out
+        wait_for_all_ranks()                           # all have read what lies in --out
         try:
             self.open()
         except OSError as e:
@@ -91,12 +91,18 @@ class Run:
                              f"--init {self.out}")
         if data["state"]["data_hash"] != self.state["data_hash"]:
             raise InputError(f"{self.out}: this run began with other data than --data has now")
-        if data["state"].get("init_hash") != self.state.get("init_hash"):
-            raise InputError(f"{self.out}: this run began with other weights than --init has now, "
-                             "and they are its reference or the base of its adapters")
+        for name in ("reference_hash", "base_hash"):
+            if data["state"].get(name) != self.state.get(name):
+                raise InputError(f"{self.out}: this run began with other weights than --init has "
+                                 "now, and they are its reference or the base of its adapters")
+        if data.get("lora", {}).get("alpha") != (lora_of(self.model) or {}).get("alpha"):
+            raise InputError(f"{self.out}: --lora_alpha was {data.get('lora', {}).get('alpha')} "
+                             "when this run began, and stays")
+        if not isinstance(data["rng"], list):
+            raise InputError(f"{self.out}: its checkpoint was written by an earlier version")
         if len(data["rng"]) != world_size():
-            raise InputError(f"{self.out}: this run has {len(data['rng'])} processes, and goes on "
-                             f"with as many, not with {world_size()}")
+            raise InputError(f"{self.out}: this run began with {len(data['rng'])} processes, and "
+                             f"goes on with as many (torchrun), not with {world_size()}")
         load_weights(self.model, data["model"], f"{self.out}: the flags do not fit its checkpoint")
         for name, module in self.modules.items():
             load_weights(module, data["modules"][name], self.out)
@@ -126,7 +132,8 @@ class Run:
                 n += 1
             os.replace(self.out, f"{self.out}.{n}")
             print(f"{self.out}: the earlier run is kept as {self.out}.{n}")
-        os.makedirs(self.out, exist_ok=True)
+        if rank() == 0:
+            os.makedirs(self.out, exist_ok=True)
         settings = {"script": script_name(type(self.cfg)), "today": self.tokenizer.today,
                     "pretrained": bool(self.tokenizer.files)}
         settings |= asdict(self.cfg) | {"resume": False}
@@ -173,7 +180,7 @@ class Run:
         self.step = step
         if reason:
             self.stop_early(reason)
-        interrupted = total(torch.tensor(self.interrupted)) > 0      # on any rank
+        interrupted = sum_over_ranks(torch.tensor(self.interrupted)) > 0      # on any rank
         if interrupted or self.is_eval_step(step):
             self.save()
         if interrupted:
@@ -229,13 +236,13 @@ class Run:
         random_state = {"rng": gather(torch.get_rng_state())}
         if torch.cuda.is_available():
             random_state["rng_cuda"] = gather(torch.cuda.get_rng_state())
-        if rank() > 0:
-            return
         modules = {name: trained_state(module) for name, module in self.modules.items()}
-        save_checkpoint(
-            self.out, self.model, self.tokenizer, name, step=self.step,
-            finished=self.step == self.steps, optimizer=self.optimizer.state_dict(),
-            state=self.state, modules=modules, **random_state)
+        if rank() == 0:
+            save_checkpoint(
+                self.out, self.model, self.tokenizer, name, step=self.step,
+                finished=self.step == self.steps, optimizer=self.optimizer.state_dict(),
+                state=self.state, modules=modules, **random_state)
+        wait_for_all_ranks()                           # an end of one would end rank 0, too
 
     def stop_early(self, reason):
         """The state now goes to stopped.pt, the last good checkpoint stays, and the run ends."""

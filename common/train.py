@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.data import spread
-from common.distributed import gather_list, share, world_size
+from common.distributed import gather_shards, shard, world_size
 from common.lora import trunk_of
 from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
@@ -39,7 +39,7 @@ def batches(rows, size, seed, start=0):
             epoch += 1
             order = order[i:] + shuffled(epoch)
             i = 0
-        yield [rows[k] for k in share(order[i:i + size])]
+        yield [rows[k] for k in shard(order[i:i + size])]
         i += size
 
 
@@ -233,7 +233,7 @@ def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
     rows = spread(rows, min(512, cfg.eval_prompts or 512))
     longest = max(len(row["ids"]) for row in rows) + cfg.max_new_tokens
     size = eval_batch_size(policy, longest)
-    rows = share(rows)
+    rows = shard(rows)
     uniform = torch.rand(len(rows), cfg.max_new_tokens, dtype=torch.float64)
     rewards, ended = [], []
     for i in range(0, len(rows), size):
@@ -246,7 +246,7 @@ def measure_reward(cfg, policy, tokenizer, reward_model, score, rows):
             cfg, reward_model, score, chunk, tokens, mask.cpu(), responses, cfg.truncated_reward)
         rewards += reward.tolist()
         ended += [text is not None for text in responses]
-    ended, reward = torch.tensor(gather_list(ended)), torch.tensor(gather_list(rewards))
+    ended, reward = torch.tensor(gather_shards(ended)), torch.tensor(gather_shards(rewards))
     lowest = min([cfg.truncated_reward, *reward[ended].tolist()])
     reward = torch.where(ended, reward, lowest)
     std = float(reward.std(correction=0))

@@ -83,19 +83,20 @@ def plan(script, size, lora_rank=0, micro_batch_tokens=0):
 
 def peaks(lora_rank, micro_batch_tokens=0):
     """{script: {size: (peak of the whole model, peak of LoRA) in GiB}}"""
-    found = {}
+    table = {}
     for script in SCRIPTS:
-        found[script] = {}
+        table[script] = {}
         for size in SIZES:
             both = [peak_memory(plan(script, size, rank, micro_batch_tokens))
                     for rank in (0, lora_rank)]
-            found[script][size] = [x / 2 ** 30 for x in both]
-    return found
+            table[script][size] = [x / 2 ** 30 for x in both]
+    return table
 
 
 def smallest_card(gib):
+    """A card with room for the peak, 5% of it for the allocator, and CUDA itself."""
     for card in CARDS:
-        if gib + CUDA / 2 ** 30 <= card:
+        if 1.05 * gib + CUDA / 2 ** 30 <= card:
             return card
     return None
 

@@ -804,7 +804,7 @@ BUGS = [Bug(*entry) for entry in [
      "Each process divides by its own tokens: those of short shares weigh more, and the gradient "
      "depends on the number of processes.",
      "huggingface/transformers #34242",
-     "n = int(total(mask))",
+     "n = int(sum_over_ranks(mask))",
      "n = int(mask.sum())",
      "test_distributed.py::test_the_number_of_processes_changes_no_gradient[sft.py-float32]"),
 
@@ -819,7 +819,7 @@ BUGS = [Bug(*entry) for entry in [
     ("whitened_by_process", "ppo.py",
      "Each process whitens the advantages of its own share.",
      "with context parallelism radixark/miles #3229, THUDM/slime #2235",
-     "adv = whiten(adv, mask, total)",
+     "adv = whiten(adv, mask, sum_over_ranks)",
      "adv = whiten(adv, mask)",
      "test_distributed.py::test_the_number_of_processes_changes_no_gradient[ppo.py-float32]"),
 

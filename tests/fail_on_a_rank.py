@@ -14,13 +14,15 @@ import common.run  # noqa: E402
 from common.distributed import rank  # noqa: E402
 from common.tokenizer import InputError  # noqa: E402
 
-which, when, how, *sys.argv = sys.argv[1:]
+failing_rank, failing_step = int(sys.argv[1]), int(sys.argv[2])
+how = sys.argv[3]
+sys.argv = sys.argv[4:]
 torch.set_num_threads(1)
 log = common.run.Run.log
 
 
 def log_or_fail(self, step, metrics):
-    if rank() == int(which) and step == int(when):
+    if rank() == failing_rank and step == failing_step:
         if how == "error":
             raise InputError("rank 1 met a bad row")
         if how == "memory":

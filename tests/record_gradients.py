@@ -19,15 +19,20 @@ import common.run  # noqa: E402
 from common.train import select_groups  # noqa: E402
 from model import GPT  # noqa: E402
 
-folder, dtype, minibatches, *sys.argv = sys.argv[1:]
+folder, dtype, minibatches = sys.argv[1:4]
+sys.argv = sys.argv[4:]
 torch.set_default_dtype(getattr(torch, dtype))
 torch.set_num_threads(1)
 generate, randperm, clip = GPT.generate, torch.randperm, torch.nn.utils.clip_grad_norm_
 gradients, sizes = [], []
 
 
-def generate_by_prompt(self, prompts, group_size=1, max_new_tokens=64, temperature=1.0, **more):
-    if temperature:
+def generate_by_prompt(self, prompts, group_size=1, max_new_tokens=64, temperature=None, **more):
+    """Rollouts give a temperature. Evaluation and collection give none, and random numbers that do
+    not depend on the number of processes by themselves."""
+    if temperature is None:
+        return generate(self, prompts, group_size, max_new_tokens, **more)
+    if temperature > 0:
         draws = []
         for prompt in prompts:
             generator = torch.Generator().manual_seed(zlib.crc32(bytes(prompt)))

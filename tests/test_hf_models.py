@@ -28,7 +28,7 @@ from common.lora import add_adapters  # noqa: E402
 from common.tokenizer import (encode_chat, encode_prompt, encode_response,  # noqa: E402
                               make_tokenizer)
 from conftest import ROOT, metrics, script, tiny  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, ScalarModel  # noqa: E402
 from test_chat_templates import (HARD, SPECIAL, TEMPLATES, TURN_END, apply, raw_ids,  # noqa: E402
                                  talk, theirs)
 
@@ -443,7 +443,12 @@ def test_peft_loads_the_adapters_beside_their_base(public, tmp_path):
         export_as("export-adapter", str(tmp_path / "out"), str(tmp_path / "again"))
 
 
-def test_a_whole_model_has_no_adapters_to_export(small, tmp_path):
+def test_a_model_that_is_no_policy_or_has_no_adapters_is_not_exported_as_them(small, tmp_path):
+    model, tokenizer = load(small)
+    reward_model = add_adapters(ScalarModel(model), 2, 4.0, base=str(small), base_hash="x")
+    save_checkpoint(str(tmp_path), reward_model, tokenizer)
+    with pytest.raises(InputError, match="a reward model"):
+        export_as("export-adapter", str(tmp_path), str(tmp_path / "out"))
     with pytest.raises(InputError, match="no adapters"):
         export_as("export-adapter", str(small), str(tmp_path / "out"))
 

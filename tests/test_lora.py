@@ -125,6 +125,18 @@ def test_sampling_runs_the_adapters_in_place_and_so_follows_the_scored_policy(
     assert (base - scored).abs().max() > 0.5
 
 
+@pytest.mark.parametrize("width", [32, 96])
+def test_a_hash_is_of_the_weights_however_a_frozen_model_stores_them(width, monkeypatch):
+    """Above 4,096 values a matrix is sampled. One step of training changes the hash."""
+    model = tiny("qwen2", torch.float32, n_embd=width)
+    before = hash_weights(model)
+    bf16_devices(monkeypatch, {"cpu"})
+    assert hash_weights(freeze(copy.deepcopy(model))) == before
+    for p in model.parameters():
+        p.data += 1e-4 * torch.randn_like(p).sign()
+    assert hash_weights(model) != before
+
+
 # ----------------------------------------------------------------------------- models on one base
 
 
@@ -254,7 +266,7 @@ def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(
 
 
 def test_ppo_on_one_base_is_ppo_of_four_separate_models(adder, lora_reward, run, monkeypatch):
-    """To the last digit, and in less memory: the second run has four copies of the base."""
+    """To the last digit: the second run has four copies of the base."""
     args = [*flags("ppo.py", adder, None), "--reward", lora_reward]
     assert run("ppo.py", *args, "--out", "one") is None
     for module in (common.checkpoint, common.models):
@@ -278,8 +290,10 @@ def test_adapters_on_adapters_and_a_base_that_moves_with_them(adder, run, tmp_pa
     moved, _ = load("elsewhere/b")
     assert equal(model.state_dict(), moved.state_dict())
 
-    line = run("sft.py", "--init", "elsewhere/a", *more, "--out", "c", "--resume")
-    assert "nothing to resume" in line
+    for rank in (2, 0):                        # it would rename the base of its base
+        line = run("sft.py", "--init", "elsewhere/b", *more, "--lora_rank", rank,
+                   "--out", "elsewhere/sft")
+        assert "--out elsewhere/sft" in line and "base" in line
     shutil.copytree("elsewhere/sft", "kept")
     save_checkpoint("elsewhere/sft", tiny(dtype=torch.float32), make_tokenizer())
     with pytest.raises(InputError, match="elsewhere/a.*other weights"):
@@ -312,8 +326,9 @@ def test_what_adapters_cannot_do_is_refused(args, said, run):
     assert said in run(*args)
 
 
-def test_a_resume_with_another_rank_is_refused(adder, run):
+def test_a_resume_with_another_rank_or_alpha_is_refused(adder, run):
     assert run("grpo.py", *flags("grpo.py", adder, None), "--out", "out") is None
+    assert "--lora_alpha" in run("grpo.py", "--out", "out", "--resume", "--lora_alpha", 64)
     line = run("grpo.py", "--out", "out", "--resume", "--lora_rank", 8, "--steps", 9)
     assert "lora_A" in line and "(4, " in line and "(8, " in line
     settings = json.loads(open("out/config.json").read())

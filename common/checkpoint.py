@@ -1,9 +1,10 @@
 """Checkpoints, written atomically and read without running code; and `load`, which reads either a
 checkpoint folder or a Hugging Face folder."""
 import hashlib
+import math
 import os
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -31,7 +32,8 @@ def save_checkpoint(folder, model, tokenizer, name="ckpt.pt", **state):
     if lora:
         base = lora["base"]
         if not os.path.isabs(base):                    # the two may move together
-            base = os.path.relpath(base, folder).replace(os.sep, "/")
+            base = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
+            base = base.replace(os.sep, "/")
         data["lora"] = lora | {"base": base}
     path = os.path.join(folder, name)
     try:
@@ -66,7 +68,7 @@ def read_checkpoint(folder):
             raise ValueError("keys")
         if not data["tokenizer"].keys() >= set(TOKENIZER_FIELDS):
             raise ValueError("tokenizer")
-        if "lora" in data and not data["lora"].keys() >= {"rank", "alpha", "base", "base_hash"}:
+        if "lora" in data and not is_lora(data["lora"], data["model"]):
             raise ValueError("lora")
         for name, x in data["model"].items():
             if not isinstance(name, str) or not x.is_floating_point() or x.layout != torch.strided:
@@ -75,6 +77,15 @@ def read_checkpoint(folder):
     except Exception as e:                  # a torn zip, a pickle with code, another program's file
         raise InputError(f"{path}: not a nanoPO checkpoint, or a damaged one "
                          f"({type(e).__name__})") from e
+
+
+def is_lora(lora, weights):
+    """Whether the entry of a checkpoint describes its adapters."""
+    kinds = {"rank": int, "alpha": float, "base": str, "base_hash": str}
+    if lora.keys() != kinds.keys() or any(type(lora[name]) is not kinds[name] for name in kinds):
+        return False
+    ranks = {len(A) for name, A in weights.items() if name.endswith("lora_A")}
+    return ranks == {lora["rank"]} and 0 < lora["alpha"] < math.inf
 
 
 def hash_tensors(tensors):
@@ -115,6 +126,8 @@ def load(path, device="cpu", kind=None, chat="auto", system="auto", today="", po
         model = GPT(cfg) if base is None else base
     except Exception as e:
         raise InputError(f"{path}: its config does not describe a model ({e})") from None
+    if replace(cfg, stop_token_ids=()) != replace(model.cfg, stop_token_ids=()):
+        raise InputError(f"{path}: its adapters were trained on another shape than their base has")
     model.cfg = cfg
     if data["kind"] == "ScalarModel":
         model = ScalarModel(model)
@@ -151,7 +164,7 @@ def load_base(path, lora, policy):
 
 def base_folder(path, lora):
     """Where the base of the adapters in a checkpoint folder is."""
-    return os.path.normpath(os.path.join(path, lora["base"]))
+    return os.path.normpath(os.path.join(os.path.realpath(path), lora["base"]))
 
 
 def saved_tokenizer(path, saved, chat, system):

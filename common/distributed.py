@@ -13,6 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from common.tokenizer import InputError
 
 BUCKET = 2 ** 25                                       # gradients in one message, at most
+PARENT = os.getppid()                                  # torchrun
 
 
 # ----------------------------------------------------------------------------- this rank and others
@@ -63,9 +64,16 @@ def shared_store():
     return store
 
 
+def torchrun_is_gone():
+    """Whether torchrun was killed, and could not end its ranks."""
+    return world_size() > 1 and os.getppid() != PARENT
+
+
 def is_first_to_fail():
     """Whether no other rank has failed before: one rank says why a run has ended."""
-    return world_size() == 1 or shared_store().add("failed", 1) == 1
+    if world_size() == 1 or torchrun_is_gone():
+        return True
+    return shared_store().add("failed", 1) == 1
 
 
 def is_lost_connection(error):

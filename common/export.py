@@ -162,6 +162,9 @@ def write_adapter(folder, path):
     if "lora" not in data:
         raise InputError(f"{path}: it has no adapters; `export` writes the whole model")
     cfg, lora = GPTConfig(**data["config"]), data["lora"]
+    base = base_folder(path, lora)
+    if not os.path.exists(base):
+        raise InputError(f"{path}: its adapters belong to {base}, which does not exist")
     family = family_of(cfg)
     tensors, modules = {}, set()
     for name, B in data["model"].items():
@@ -174,7 +177,6 @@ def write_adapter(folder, path):
             tensors[f"base_model.model.{module}.lora_A.weight"] = A.clone()
             tensors[f"base_model.model.{module}.lora_B.weight"] = part
             modules.add(module.rpartition(".")[2])
-    base = base_folder(path, lora)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
               "r": lora["rank"], "lora_alpha": lora["alpha"], "target_modules": sorted(modules),
               "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": family == "gpt2"}

@@ -139,6 +139,8 @@ def check_limits(cfg):
         raise InputError(f"--batch {cfg.batch}: too few for {ranks} processes")
     if cfg.test and not cfg.data:
         raise InputError(f"--test {cfg.test}: needs --data; the built-in task has its own rows")
+    if not cfg.lora_rank and cfg.lora_alpha != type(cfg).lora_alpha:
+        raise InputError(f"--lora_alpha {cfg.lora_alpha}: has no effect without --lora_rank")
     if getattr(cfg, "ref_every", 0) and cfg.lora_rank:
         raise InputError(f"--ref_every {cfg.ref_every}: under --lora_rank the reference is the "
                          "base, which does not move")

@@ -18,7 +18,7 @@ import torch
 from common.checkpoint import (hash_weights, load_weights, read_checkpoint,
                                save_checkpoint)
 from common.distributed import (disconnect, gather, is_first_to_fail, is_lost_connection, rank,
-                                sum_over_ranks, wait_for_all_ranks, world_size)
+                                sum_over_ranks, torchrun_is_gone, wait_for_all_ranks, world_size)
 from common.early_stopping import EarlyStopping
 from common.flags import parse_config, script_name
 from common.hf import is_hf_folder
@@ -39,6 +39,9 @@ class Run:
 
     def __init__(self, cfg, steps, model, optimizer, tokenizer, splits, columns, reference=None,
                  **modules):
+        if len(splits[0]) < world_size():
+            raise InputError(f"{len(splits[0])} rows to train on are too few for {world_size()} "
+                             "processes")
         name = script_name(type(cfg)).split()[0].lower()
         n_params = sum(p.numel() for p in model.parameters())
         n_train, n_val, n_test = (len(rows) for rows in splits)
@@ -66,8 +69,8 @@ class Run:
             self.modules["reference"] = reference
         elif reference is not None:
             self.state["reference_hash"] = hash_weights(reference)
-        if lora_of(model) is not None:
-            self.state["base_hash"] = lora_of(model)["base_hash"]
+        adapted = [lora_of(module) for module in (model, *modules.values())]
+        self.state["base_hash"] = [lora["base_hash"] for lora in adapted if lora]
         self.start = time.perf_counter()
         self.rows = []                                 # of metrics.jsonl
         self.clock = None                              # step and time of the first printed line
@@ -91,13 +94,16 @@ class Run:
                              f"--init {self.out}")
         if data["state"]["data_hash"] != self.state["data_hash"]:
             raise InputError(f"{self.out}: this run began with other data than --data has now")
+        theirs, ours = data.get("lora") or {}, lora_of(self.model) or {}
+        for name in ("rank", "alpha"):
+            if theirs.get(name) != ours.get(name):
+                raise InputError(f"{self.out}: --lora_{name} stays {theirs.get(name, 0)}, as when "
+                                 "this run began")
         for name in ("reference_hash", "base_hash"):
             if data["state"].get(name) != self.state.get(name):
-                raise InputError(f"{self.out}: this run began with other weights than --init has "
-                                 "now, and they are its reference or the base of its adapters")
-        if data.get("lora", {}).get("alpha") != (lora_of(self.model) or {}).get("alpha"):
-            raise InputError(f"{self.out}: --lora_alpha was {data.get('lora', {}).get('alpha')} "
-                             "when this run began, and stays")
+                raise InputError(f"{self.out}: this run began with other weights than --init or "
+                                 "--reward has now, and they are its reference or the base of its "
+                                 "adapters")
         if not isinstance(data["rng"], list):
             raise InputError(f"{self.out}: its checkpoint was written by an earlier version")
         if len(data["rng"]) != world_size():
@@ -180,7 +186,8 @@ class Run:
         self.step = step
         if reason:
             self.stop_early(reason)
-        interrupted = sum_over_ranks(torch.tensor(self.interrupted)) > 0      # on any rank
+        ends = self.interrupted or torchrun_is_gone()
+        interrupted = sum_over_ranks(torch.tensor(ends)) > 0          # one rank ends all
         if interrupted or self.is_eval_step(step):
             self.save()
         if interrupted:

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common.data import spread
-from common.distributed import gather_shards, shard, world_size
+from common.distributed import gather_shards, shard
 from common.lora import trunk_of
 from common.tokenizer import InputError, decode_responses
 from common.verifier import checked_score, is_right, states_number
@@ -25,9 +25,6 @@ MIN_REWARD_STD = 0.1              # PPO divides rewards by their standard deviat
 def batches(rows, size, seed, start=0):
     """Endless batches of `size` rows, of which each rank gets its share. Each epoch is shuffled by
     (seed, epoch) alone, so that a resumed run skips `start` batches and goes on."""
-    if size < world_size():
-        raise InputError(f"{world_size()} processes cannot share batches of {size} rows")
-
     def shuffled(epoch):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         return torch.randperm(len(rows), generator=generator).tolist()

@@ -13,6 +13,7 @@ import torch
 
 import common.distributed
 import common.run
+import sft
 from common.checkpoint import read_checkpoint
 from common.distributed import first_over_ranks, gather_shards, shard
 from common.flags import check_limits
@@ -90,9 +91,11 @@ def test_the_number_of_processes_changes_no_gradient(name, dtype, adder, reward_
     for a, b in list(zip(*logs))[:2 if dtype == "float32" else None]:
         tolerance = 1e-3 if dtype == "float32" else 1e-5
         assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
-    states = [read_checkpoint(tmp_path / f"{n}/run")["state"] for n in (1, 2)]
-    assert states[0]["before"][0] == pytest.approx(states[1]["before"][0], rel=1e-5, abs=1e-5)
-    assert states[0]["before"][1] == states[1]["before"][1]        # greedy responses, in order
+    before = [read_checkpoint(tmp_path / f"{n}/run")["state"]["before"] for n in (1, 2)]
+    if name != "reward.py":
+        assert before[0][1] == before[1][1]                    # greedy responses, in order
+        before = [evaluation for evaluation, _ in before]
+    assert before[0] == pytest.approx(before[1], rel=1e-5, abs=1e-5)
 
 
 @slow
@@ -134,7 +137,6 @@ def test_the_batches_of_all_ranks_are_those_of_one_process(n, monkeypatch):
     rows = list(range(20))
     whole = batches(rows, 6, seed=0)
     whole = [next(whole) for _ in range(9)]
-    monkeypatch.setattr("common.train.world_size", lambda: n)
     parts = []
     for _ in ranks(monkeypatch, n):
         own = batches(rows, 6, seed=0)
@@ -170,9 +172,8 @@ def test_sizes_that_processes_cannot_share_are_refused(monkeypatch):
         with pytest.raises(InputError, match=name):
             check_limits(Config(**flags))
     check_limits(Config(prompts=30, minibatch=60))
-    monkeypatch.setattr("common.train.world_size", lambda: 3)
-    with pytest.raises(InputError, match="3 processes"):
-        next(batches([1, 2], 2, seed=0))
+    with pytest.raises(InputError, match="--batch 2"):
+        check_limits(sft.Config(batch=2))
 
 
 # ------------------------------------------------------------------------ resuming, and failing

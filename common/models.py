@@ -214,7 +214,7 @@ def make_critic(cfg, policy, reward_model):
     if reward_model is None:
         critic = ScalarModel(critic).to(policy.device)
     if cfg.lora_rank and lora_of(critic) is None:              # the reward model was trained whole
-        base_hash = hash_weights(reward_model.trunk)
+        base_hash = hash_weights(reward_model)
         add_adapters(critic, cfg.lora_rank, cfg.lora_alpha, base_hash=base_hash)
     elif cfg.lora_rank:
         train_adapters(critic)

@@ -6,6 +6,7 @@ What things cost: a line per figure with name, value, unit, and what it is compa
     python experiments/bench.py --peers    beside transformers, and a further group, trl, where they
                                            are installed: an hour, 14 GB
     python experiments/bench.py bf16       bf16 against float32 on a CPU that multiplies it
+    python experiments/bench.py lora       adapters in place against merged weights
     python experiments/bench.py gpu        all that a GPU can show (bench_gpu.py), seven minutes
 
 Everything is compared with the plain form of the same work, in one process, interleaved, on random
@@ -31,10 +32,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import model as M  # noqa: E402
+from common import load  # noqa: E402
+from common.checkpoint import load_base, read_checkpoint  # noqa: E402
+from common.data import running_sums  # noqa: E402
 from common.evaluate import MetricMean  # noqa: E402
 from common.export import write_folder  # noqa: E402
+from common.lora import add_adapters  # noqa: E402
 from common.optimizers import make_optimizer  # noqa: E402
-from common.tokenizer import make_tokenizer  # noqa: E402
+from common.tokenizer import encode_prompt, make_tokenizer  # noqa: E402
 from common.train import compute_logp, freeze, micro_batches, pad_batch  # noqa: E402
 from dpo import dpo_loss  # noqa: E402
 from grpo import group_advantage, grpo_loss  # noqa: E402
@@ -766,6 +771,48 @@ def bench_bf16(peers):
                    seconds["vocabulary"] / seconds["all"], "")
 
 
+# ------------------------------------------------------------- lora: adapters in place or merged
+
+
+def bench_lora(peers):
+    """64 responses of up to 24 tokens, sampled with adapters in place and with merged weights, at
+    three widths. And, for the adapters in out/lora, how log-probs differ: of merged weights in
+    float32, and, in bf16, of adapters in place and of weights that are merged into bf16."""
+    for n_layer, n_embd in ((3, 96), (6, 384), (4, 768)):
+        torch.manual_seed(0)
+        plain = GPT(GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 32))
+        in_place = add_adapters(copy.deepcopy(plain), 16, 32.0)
+        prompts = [[5] * 12] * 8
+        forms = {"plain": functools.partial(our_generate, plain, prompts, 8, 24, [0]),
+                 "in place": functools.partial(our_generate, in_place, prompts, 8, 24, [0])}
+        times = interleave(forms)
+        ratio = times["in place"].median / times["plain"].median
+        print_line(f"{n_layer} layers of {n_embd}, adapters in place", times["in place"].median,
+                   "s", f"merged {times['plain'].median:.3f} s, {ratio:.2f}x")
+
+    if not os.path.exists("out/lora/ckpt.pt"):
+        print("no out/lora: python grpo.py --lora_rank 16 --lr 1e-3 --out out/lora")
+        return
+    merged, tokenizer = load("out/lora")
+    data = read_checkpoint("out/lora")
+    in_place = add_adapters(load_base("out/lora", data["lora"], None), **data["lora"])
+    in_place.load_state_dict(data["model"], strict=False)
+    prompts = [encode_prompt(tokenizer, row) for row in running_sums(500, "val")]
+    torch.manual_seed(0)
+    tokens, mask, _ = in_place.generate(prompts, 4, 24)
+    exact = compute_logp(in_place, tokens, mask)
+    differences = {"float32, merged": compute_logp(merged, tokens, mask) - exact}
+    usual = M.BF16_MIN_WIDTH
+    M.BF16_MIN_WIDTH = {"cpu": 1}
+    for name, model in (("in place", in_place), ("merged", merged)):
+        differences[f"bf16, {name}"] = compute_logp(freeze(model), tokens, mask) - exact
+    M.BF16_MIN_WIDTH = usual
+    differences["bf16, both"] = differences["bf16, merged"] - differences["bf16, in place"]
+    for name, difference in differences.items():
+        mean = (difference.abs().sum() / mask.sum()).item()
+        print(f"{name:30} mean |difference of log-probs| {mean:.1e}", flush=True)
+
+
 def bench_on_gpu(peers):
     import bench_gpu
     bench_gpu.main()
@@ -773,13 +820,13 @@ def bench_on_gpu(peers):
 
 GROUPS = {"logp": bench_logp, "generate": bench_generate, "shares": bench_shares,
           "step": bench_step, "growth": bench_growth, "trl": bench_trl, "bf16": bench_bf16,
-          "gpu": bench_on_gpu}
+          "lora": bench_lora, "gpu": bench_on_gpu}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(GROUPS)}; default: all but "
-                        "bf16 and gpu, and trl only with --peers")
+                        "bf16, lora and gpu, and trl only with --peers")
     parser.add_argument("--peers", action="store_true", help="also time other libraries")
     parser.add_argument("--logp_memory", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--cost", nargs=len(BASE), type=int, help=argparse.SUPPRESS)

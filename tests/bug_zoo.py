@@ -186,7 +186,7 @@ BUGS = [Bug(*entry) for entry in [
     ("last_piece_logged", "common/evaluate.py",
      "What is logged is the last micro-batch, not the mean over all.",
      "GRPO-Zero update_policy, CleanRL ppo.py",
-     "(total + x * weight, w + weight)",
+     "(weighted + x * weight, w + weight)",
      "(x * weight, weight)",
      "test_grpo.py::test_what_the_update_gets_is_what_was_sampled_and_earned"),
 
@@ -348,14 +348,14 @@ BUGS = [Bug(*entry) for entry in [
     ("whitening_keeps_the_mean", "ppo.py",
      "A flag read the wrong way round: advantages are scaled, and their mean is put back.",
      "torchtune rlhf/rewards.py whiten",
-     "return centred / (centred.square().sum() / n + 1e-8).sqrt()",
-     "return centred / (centred.square().sum() / n + 1e-8).sqrt() + x.sum() / n",
+     "return centred / (total(centred.square()) / n + 1e-8).sqrt()",
+     "return centred / (total(centred.square()) / n + 1e-8).sqrt() + x.sum() / n",
      "test_ppo.py::test_whitening_is_over_the_mask_alone_and_leaves_its_inputs"),
 
     ("whitening_over_pads", "ppo.py",
      "The mean is over all columns, pads included.",
      "NovaSky-AI/SkyRL #1305",
-     "centred = (x - x.sum() / n) * mask",
+     "centred = (x - total(x) / n) * mask",
      "centred = (x - x.mean()) * mask",
      "test_ppo.py::test_whitening_is_over_the_mask_alone_and_leaves_its_inputs"),
 

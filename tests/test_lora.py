@@ -1,6 +1,6 @@
 """LoRA: adapters against merged weights and their gradients, four models on one base, checkpoints.
 
-    python -m pytest tests/test_lora.py
+    python -m pytest tests/test_lora.py                   some runs; -m slow: those of all scripts
 """
 import copy
 import json
@@ -223,7 +223,12 @@ def flags(name, adder, reward_model):
     return [*args, "--lora_rank", 4, "--lr", 3e-3]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def slow_but(*quick_names):
+    return [pytest.param(name, marks=[] if name in quick_names else pytest.mark.slow)
+            for name in SCRIPTS]
+
+
+@pytest.mark.parametrize("name", slow_but("sft.py", "reward.py", "grpo.py"))
 def test_a_run_trains_adapters_alone_and_its_checkpoint_names_the_base(
         name, adder, reward_model, run, tmp_path):
     args = flags(name, adder, reward_model)
@@ -243,7 +248,7 @@ def test_a_run_trains_adapters_alone_and_its_checkpoint_names_the_base(
                        ("attention.qkv", "attention.out", "mlp.up", "mlp.down")}
 
 
-@pytest.mark.parametrize("name", ["sft.py", "ppo.py", "grpo.py"])
+@pytest.mark.parametrize("name", slow_but("ppo.py"))
 def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(
         name, adder, reward_model, lora_reward, run, monkeypatch):
     args = flags(name, adder, reward_model)
@@ -253,7 +258,7 @@ def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(
     log = common.run.Run.log
 
     def interrupt(self, step, metrics):
-        if step == 4:
+        if step == (7 if self.steps > 6 else 4):
             raise InputError("interrupted here")
         return log(self, step, metrics)
 
@@ -303,6 +308,7 @@ def test_adapters_on_adapters_and_a_base_that_moves_with_them(adder, run, tmp_pa
         load("elsewhere/b")
 
 
+@pytest.mark.slow
 def test_a_critic_does_not_resume_on_another_base(adder, reward_model, run):
     """A reward model that was trained whole is the base of the critic's adapters."""
     shutil.copytree(reward_model, "reward")
@@ -344,6 +350,7 @@ def test_a_base_of_another_shape_and_a_link_to_a_run(adder, run, tmp_path):
         load("disk/a")
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_on_another_base(adder, run):
     shutil.copytree(adder / "out/sft", "base")
     args = [*flags("dapo.py", adder, None), "--init", "base", "--out", "out"]

@@ -126,6 +126,7 @@ def load(path, device="cpu", kind=None, chat="auto", system="auto", today="", po
         model = GPT(cfg) if base is None else base
     except Exception as e:
         raise InputError(f"{path}: its config does not describe a model ({e})") from None
+    # the ids that end a response are a setting of the run, the rest is the base's
     if replace(cfg, stop_token_ids=()) != replace(model.cfg, stop_token_ids=()):
         raise InputError(f"{path}: its adapters were trained on another shape than their base has")
     model.cfg = cfg
@@ -137,6 +138,7 @@ def load(path, device="cpu", kind=None, chat="auto", system="auto", today="", po
     if base is not None and not has_base(policy, data["lora"]):
         remove_adapters(model, merge=True)
         model.merged_hash = data["lora"]["base_hash"] + hash_tensors(data["model"].values())
+        model.merged_from = [base_folder(path, data["lora"]), *getattr(base, "merged_from", [])]
     tokenizer = saved_tokenizer(path, data["tokenizer"], chat, system)
     stop_at_turn_end(cfg, tokenizer)
     return model.to(device), tokenizer

@@ -28,77 +28,102 @@ def peak_memory(plan):
     return sum(plan.values()) - min(plan["cache"] + plan["sampling"], plan["activations"])
 
 
+def activation_bytes(model, tokens):
+    """Bytes that the forward of so many tokens keeps for backward: per token, the input of every
+    norm and product of a block, or only the block's input where it is recomputed."""
+    cfg, lora = model.cfg, lora_of(model)
+    e = 2 if uses_bf16(model) else 4                   # bytes per activation
+    C, D, H, K, M = cfg.n_embd, cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.intermediate_size
+    normalised = 0
+    if cfg.norm == "rms" and lora is None:             # a trained RMSNorm also keeps its result
+        normalised = 4
+    norms = 2 * C * (4 + normalised)
+    heads = (3 if cfg.positions == "rope" else 2) * (H + K) * D             # q, k, v and the result
+    hidden = (4 if cfg.mlp == "swiglu" else 2) * M
+    block = norms + e * (2 * C + heads + hidden)
+    if cfg.qk_norm:
+        block += (H + K) * D * (8 + normalised - 2 * e)
+    if lora is not None:
+        block += 4 * e * lora["rank"]                  # what A gives in four layers
+    kept = cfg.n_layer * block
+    if trunk_of(model).gradient_checkpointing:
+        kept = cfg.n_layer * 4 * C + block
+    return tokens * (norms // 2 + kept)
+
+
+def logit_bytes(model, device, tokens):
+    """Bytes of two tiles of logits, of the gradient of the output matrix and of its bf16 copy."""
+    weight = trunk_of(model).unembedding
+    tile = min(LinearLogp.TILE[device.type], tokens * model.cfg.vocab_size)
+    size = 2 * 4 * tile
+    if weight.requires_grad:
+        size += 4 * weight.numel()
+    if uses_bf16(model) and weight.dtype == torch.float32:
+        size += 2 * weight.numel()
+    return size
+
+
+def moment_bytes(optimizer):
+    """Bytes of the optimiser's moments: two of AdamW, one of Muon."""
+    size = 0
+    for part in optimizer.parts:
+        copies = 1 if isinstance(part, torch.optim.Muon) else 2
+        for group in part.param_groups:
+            for p in group["params"]:
+                size += 4 * copies * p.numel()
+    return size
+
+
+def distinct_parameters(models):
+    """{id: parameter} of models that may share a base; a model may be None."""
+    params = {}
+    for model in models:
+        if model is not None:
+            params |= {id(p): p for p in model.parameters()}
+    return params
+
+
+def bytes_of(params):
+    return sum(p.numel() * p.element_size() for p in params)
+
+
 def estimate_memory(device, optimizer, trained, frozen=(), micro_batch_tokens=0, responses=0,
                     longest=0):
     """Print what a run will hold, and return it: {part: bytes}.
 
     frozen may contain None. A rollout has `responses` sequences of up to `longest` tokens.
-    Activations are those of one micro-batch of the largest model: per token, the input of every
-    norm and product of a block, or only the block's input where it is recomputed.
-    """
-    counted = set()
-
-    def size(params):
-        """Bytes of the parameters that no model before has; models may share a base."""
-        new = {id(p): p for p in params if id(p) not in counted}
-        counted.update(new)
-        return sum(p.numel() * p.element_size() for p in new.values())
-
-    learning = [p for model in trained for p in model.parameters() if p.requires_grad]
-    in_lora = lora_of(trained[0]) is not None
-    bf16 = uses_bf16(trained[0])
-    e = 2 if bf16 else 4                               # bytes per activation
-    cfg = trained[0].cfg
-    budget = micro_batch_tokens or default_micro_batch_tokens(device)
-    C, D, H, K, M = cfg.n_embd, cfg.head_dim, cfg.n_head, cfg.n_kv_head, cfg.intermediate_size
-    # an RMSNorm that learns also keeps its normalised input
-    scaled = 4 if cfg.norm == "rms" and not in_lora else 0
-    norms = 2 * C * (4 + scaled)
-    heads = (3 if cfg.positions == "rope" else 2) * (H + K) * D             # q, k, v and the result
-    hidden = (4 if cfg.mlp == "swiglu" else 2) * M
-    block = norms + e * (2 * C + heads + hidden) + (H + K) * D * cfg.qk_norm * (8 + scaled - 2 * e)
-    if in_lora:
-        block += 4 * e * lora_of(trained[0])["rank"]   # what A gives in four layers
-    if trunk_of(trained[0]).gradient_checkpointing:
-        kept = cfg.n_layer * 4 * C + block
-    else:
-        kept = cfg.n_layer * block
-
-    moments = 0
-    for part in optimizer.parts:
-        copies = 1 if isinstance(part, torch.optim.Muon) else 2
-        for group in part.param_groups:
-            moments += sum(p.numel() * 4 * copies for p in group["params"])
-    weights = size(p for model in trained for p in model.parameters())
-    cast = sum(p.numel() for p in trained[0].parameters() if p.requires_grad)
-    unembedding = trunk_of(trained[0]).unembedding
-    logits = 4 * unembedding.numel() if unembedding.requires_grad else 0    # its gradient
-    if bf16 and unembedding.dtype == torch.float32:
-        logits += 2 * unembedding.numel()                                   # and a copy
-    per_token = cache_bytes(trained[0])
+    Activations are those of one micro-batch of the first trained model."""
+    model = trained[0]
+    tokens = micro_batch_tokens or default_micro_batch_tokens(device)
+    weights = distinct_parameters(trained)
+    others = distinct_parameters(frozen)
+    per_token = cache_bytes(model)
     eval_tokens = min(EVAL_BATCH_TOKENS, eval_byte_limit(device) // per_token)
-    tile = min(LinearLogp.TILE[device.type], budget * cfg.vocab_size)
     plan = {
-        "weights": weights,
-        "gradients": sum(p.numel() * p.element_size() for p in learning),
-        "moments": moments,
-        "frozen": size(p for model in frozen if model is not None for p in model.parameters()),
-        "bf16 copies": 2 * cast if bf16 else 0,
+        "weights": bytes_of(weights.values()),
+        "gradients": bytes_of(p for p in weights.values() if p.requires_grad),
+        "moments": moment_bytes(optimizer),
+        "frozen": bytes_of(p for key, p in others.items() if key not in weights),
+        "bf16 copies": 0,
         "cache": max(responses * longest, eval_tokens) * per_token,
-        "sampling": responses * sampling_bytes(trained[0]),
-        "activations": budget * (norms // 2 + kept),
-        "logits": 2 * 4 * tile + logits,
+        "sampling": responses * sampling_bytes(model),
+        "activations": activation_bytes(model, tokens),
+        "logits": logit_bytes(model, device, tokens),
     }
+    if uses_bf16(model):                               # of what is trained, at half its bytes
+        plan["bf16 copies"] = bytes_of(p for p in model.parameters() if p.requires_grad) // 2
     peak = peak_memory(plan)
-    unit, scale = ("GiB", 2 ** 30) if peak > 2 ** 30 else ("MiB", 2 ** 20)
+    unit, scale = "MiB", 2 ** 20
+    if peak > 2 ** 30:
+        unit, scale = "GiB", 2 ** 30
     parts = ", ".join(f"{name} {x / scale:.1f}" for name, x in plan.items() if x)
     line = f"memory in {unit}: {parts}; peak about {peak / scale:.1f}"
-    saved = (plan["gradients"] + plan["moments"]) / scale      # weights are as large as gradients
     if device.type == "cuda" and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(device).total_memory
         line += f" of {total / scale:.1f}"
         if peak > total:
             line += ": too much; try --gradient_checkpointing and "
-            line += f"--micro_batch_tokens {budget // 4}"
+            line += f"--micro_batch_tokens {tokens // 4}"
+    saved = (plan["gradients"] + plan["moments"]) / scale      # trained weights are as large
     print(f"{line}; a checkpoint takes {saved:.1f}, weights and moments")
     return plan

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from common.checkpoint import base_folder, hash_weights, load, read_checkpoint
+from common.checkpoint import hash_weights, load, read_checkpoint
 from common.distributed import (connect, environment_of_one_process, local_rank, rank,
                                 wait_for_all_ranks, world_size)
 from common.flags import check_limits, read_settings
@@ -104,26 +104,15 @@ def first_day(cfg):
     return read_settings(cfg.out).get("today", "") if cfg.resume else ""
 
 
-def bases(init, lora_rank):
-    """The folders on which the adapters of a run, or of the checkpoint in --init, are based."""
-    folder = init
-    if lora_rank:
-        yield folder
-    while os.path.exists(os.path.join(folder, "ckpt.pt")):
-        data = read_checkpoint(folder)
-        if "lora" not in data:
-            return
-        folder = base_folder(folder, data["lora"])
-        yield folder
-
-
 def load_init(cfg, device):
     """The model in --init, with adapters if --lora_rank says so, and its tokenizer."""
-    for folder in bases(cfg.init, cfg.lora_rank):
-        if os.path.realpath(folder) == os.path.realpath(cfg.out):
-            raise InputError(f"--out {cfg.out}: the base of adapters is there; name another folder")
     at = "cpu" if cfg.lora_rank else device            # a base is bf16 before it is on a GPU
     model, tokenizer = load(cfg.init, at, "GPT", cfg.chat, cfg.system, first_day(cfg))
+    bases = getattr(model, "merged_from", [])
+    if cfg.lora_rank:
+        bases = [cfg.init, *bases]
+    if os.path.realpath(cfg.out) in map(os.path.realpath, bases):
+        raise InputError(f"--out {cfg.out}: the base of adapters is there; name another folder")
     if cfg.lora_rank:
         base = {"base": cfg.init, "base_hash": hash_weights(model)}
         freeze(model, device=device)

@@ -249,7 +249,7 @@ class Run:
                 self.out, self.model, self.tokenizer, name, step=self.step,
                 finished=self.step == self.steps, optimizer=self.optimizer.state_dict(),
                 state=self.state, modules=modules, **random_state)
-        wait_for_all_ranks()                           # an end of one would end rank 0, too
+        wait_for_all_ranks()                           # torchrun ends all when one leaves
 
     def stop_early(self, reason):
         """The state now goes to stopped.pt, the last good checkpoint stays, and the run ends."""

@@ -23,7 +23,7 @@ MIN_REWARD_STD = 0.1              # PPO divides rewards by their standard deviat
 
 
 def batches(rows, size, seed, start=0):
-    """Endless batches of `size` rows, of which each rank gets its share. Each epoch is shuffled by
+    """Endless batches of `size` rows, of which each rank gets its shard. Each epoch is shuffled by
     (seed, epoch) alone, so that a resumed run skips `start` batches and goes on."""
     def shuffled(epoch):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)

@@ -25,6 +25,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "experiments")]
 import common.run  # noqa: E402
 import common.train  # noqa: E402
 import model as M  # noqa: E402
+from common.tokenizer import InputError  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 SCRIPTS = ["sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py", "dapo.py"]
@@ -179,6 +180,24 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
     assert script("sft.py", *SMALL, cwd=folder).returncode == 0
     return folder / "out/sft"
+
+
+def run_whole_and_cut(run, name, args, monkeypatch):
+    """A run into "whole"; the same into "cut", which ends between two checkpoints and is resumed:
+    the steps after the last one are done again, and no line of the log is lost or doubled."""
+    assert run(name, *args, "--out", "whole") is None
+    log = common.run.Run.log
+
+    def interrupt(self, step, metrics):
+        if step == (7 if self.steps > 6 else 4):
+            raise InputError("interrupted here")
+        return log(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.run.Run, "log", interrupt)
+        assert "interrupted here" in run(name, *args, "--out", "cut")
+    assert run(name, "--out", "cut", "--resume") is None   # its settings are remembered
+    assert metrics("cut") == metrics("whole")
 
 
 @pytest.fixture

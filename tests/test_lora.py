@@ -21,7 +21,7 @@ from common.models import make_critic, make_reference, read_reward_model
 from common.tokenizer import make_tokenizer
 from common.train import freeze
 from conftest import (PAIRS, PROMPTS, SCRIPTS, SHORT, bf16_devices, equal, gradients, metrics,
-                      quick, script, tiny)
+                      quick, run_whole_and_cut, script, tiny)
 from model import ScalarModel
 from ppo import value_loss
 
@@ -254,19 +254,7 @@ def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(
     args = flags(name, adder, reward_model)
     if name == "ppo.py":
         args += ["--reward", lora_reward]
-    assert run(name, *args, "--out", "whole") is None
-    log = common.run.Run.log
-
-    def interrupt(self, step, metrics):
-        if step == (7 if self.steps > 6 else 4):
-            raise InputError("interrupted here")
-        return log(self, step, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.run.Run, "log", interrupt)
-        assert "interrupted here" in run(name, *args, "--out", "cut")
-    assert run(name, "--out", "cut", "--resume") is None
-    assert metrics("cut") == metrics("whole")
+    run_whole_and_cut(run, name, args, monkeypatch)
     assert equal(read_checkpoint("cut"), read_checkpoint("whole"))
 
 
@@ -295,10 +283,11 @@ def test_adapters_on_adapters_and_a_base_that_moves_with_them(adder, run, tmp_pa
     moved, _ = load("elsewhere/b")
     assert equal(model.state_dict(), moved.state_dict())
 
-    for rank in (2, 0):                        # it would rename the base of its base
+    # each would rename a base of its adapters, or of those that it starts from
+    for rank, out in ((2, "elsewhere/b"), (2, "elsewhere/sft"), (0, "elsewhere/sft")):
         line = run("sft.py", "--init", "elsewhere/b", *more, "--lora_rank", rank,
-                   "--out", "elsewhere/sft")
-        assert "--out elsewhere/sft" in line and "base" in line
+                   "--out", f"./out/../{out}")
+        assert f"--out {out}" in line and "base" in line
     shutil.copytree("elsewhere/sft", "kept")
     save_checkpoint("elsewhere/sft", tiny(dtype=torch.float32), make_tokenizer())
     with pytest.raises(InputError, match="elsewhere/a.*other weights"):
@@ -369,7 +358,6 @@ def test_a_run_does_not_resume_on_another_base(adder, run):
     (["grpo.py", "--lora_rank", 4, "--lora_alpha", 0], "--lora_alpha"),
     (["grpo.py", "--lora_rank", -1], "--lora_rank"),
     (["grpo.py", "--lora_alpha", 7], "--lora_alpha"),
-    (["sft.py", "--lora_rank", 4, "--init", "out/a", "--out", "./out/../out/a"], "--out out/a"),
 ])
 def test_what_adapters_cannot_do_is_refused(args, said, run):
     assert said in run(*args)

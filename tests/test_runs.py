@@ -16,14 +16,15 @@ import common.run
 import grpo
 import ppo
 import reward
-from common import InputError, load
+from common import load
 from common.checkpoint import read_checkpoint, save_checkpoint
 from common.data import read_rows, split_of, split_rows
 from common.flags import parse_config
 from common.preferences import read_preferences
 from common.tokenizer import encode_response
 from common.train import compute_values, pad_batch
-from conftest import (PPO, QUICK, SCRIPTS, SHORT, SMALL, bf16_devices, metrics, quick, script)
+from conftest import (PPO, QUICK, SCRIPTS, SHORT, SMALL, bf16_devices, metrics, quick,
+                      run_whole_and_cut, script)
 from model import GPT
 
 
@@ -196,23 +197,9 @@ def test_one_seed_gives_the_same_metrics_again_and_another_seed_does_not(
 ])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         name, more, adder, reward_model, run, monkeypatch):
-    """Interrupted between two checkpoints: the steps after the last one are done again, and no line
-    is lost or doubled."""
     args = quick(name, adder, reward_model)
     args += [reward_model if x == "REWARD_MODEL" else x for x in more.split()]
-    assert run(name, *args, "--out", "whole") is None
-    log = common.run.Run.log
-
-    def interrupt(self, step, metrics):
-        if step == (7 if self.steps > 6 else 4):
-            raise InputError("interrupted here")
-        return log(self, step, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.run.Run, "log", interrupt)
-        assert "interrupted here" in run(name, *args, "--out", "cut")
-    assert run(name, "--out", "cut", "--resume") is None   # its settings are remembered
-    assert metrics("cut") == metrics("whole")
+    run_whole_and_cut(run, name, args, monkeypatch)
     cut, whole = read_checkpoint("cut")["model"], read_checkpoint("whole")["model"]
     assert all(torch.equal(cut[x], whole[x]) for x in whole)
 
